@@ -1,0 +1,1 @@
+"""What is seen: read-only pages over a ledger."""

@@ -1,0 +1,1 @@
+"""What is tried: workloads, sweeps and studies."""

@@ -1,0 +1,1 @@
+"""What was pinned: frozen, content-addressed descriptions of a run."""

@@ -1,0 +1,1 @@
+"""What is run again: recorded runs under pinned or changed conditions."""

@@ -1,0 +1,1 @@
+"""What executes the functional step: eager torch, ONNX Runtime, AOTInductor."""

@@ -1,0 +1,1 @@
+"""The engine: scheduler, paged cache, sampling, and the plans they leave behind."""

@@ -1,0 +1,1 @@
+"""Model architectures as one functional step, and the checkpoints that fill them."""

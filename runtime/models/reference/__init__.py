@@ -1,0 +1,1 @@
+"""The reference model: a small decoder trained on a synthetic support desk."""

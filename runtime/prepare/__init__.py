@@ -1,0 +1,1 @@
+"""The nine preparation stages, one file a stage."""

@@ -1,0 +1,1 @@
+"""The ten request stages, one file a stage."""

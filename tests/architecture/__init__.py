@@ -1,0 +1,1 @@
+"""The floors hold, and our names are ours."""
