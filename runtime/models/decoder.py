@@ -1,0 +1,138 @@
+"""What does one engine step compute?  The decoder as a pure function over a paged cache, the same on every backend.
+
+The functional step reads keys and values from two flat tables by gather and returns the new ones; the host writes them.
+Nothing is mutated inside the graph, so `torch.export` takes it whole.  Flat tables matter: a pool indexed per layer is
+copied at every call by ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from runtime.models.config import ModelConfig, inverse_frequencies
+
+NormKind = Literal["fused", "unfused"]
+PRECISIONS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class RootMeanSquareNorm(nn.Module):
+    """RMS norm.  `unfused` stays in the working precision, where a bfloat16 row depends on its place in the batch."""
+
+    def __init__(self, width: int, *, eps: float, kind: NormKind) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "fused":
+            return functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.chunk(2, -1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+
+
+class Block(nn.Module):
+    """One layer: grouped-query attention over cached and new keys, then a gated feed-forward."""
+
+    def __init__(self, config: ModelConfig, norm: NormKind) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        width, inner = config.hidden_size, config.intermediate_size
+        attention = self.heads * self.head_dim
+        self.attention_norm = RootMeanSquareNorm(width, eps=config.rms_norm_eps, kind=norm)
+        self.feed_forward_norm = RootMeanSquareNorm(width, eps=config.rms_norm_eps, kind=norm)
+        self.qkv = nn.Linear(width, attention + 2 * config.kv_width, bias=config.attention_bias)
+        self.out = nn.Linear(attention, width, bias=config.output_bias)
+        self.gate_up = nn.Linear(width, 2 * inner, bias=config.mlp_bias)
+        self.down = nn.Linear(inner, width, bias=config.mlp_bias)
+        self.query_norm = self.key_norm = None
+        if config.qk_norm:
+            self.query_norm = RootMeanSquareNorm(self.head_dim, eps=config.rms_norm_eps, kind=norm)
+            self.key_norm = RootMeanSquareNorm(self.head_dim, eps=config.rms_norm_eps, kind=norm)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, past_k: Tensor, past_v: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B,T,width], past_k and past_v [B,S,kv_heads,head_dim], mask [B,T,S+T] -> x, new k and v [B,T,kv width]."""
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(batch, tokens, self.heads + 2 * self.kv_heads, self.head_dim)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        keys, values = torch.cat([past_k, k], 1), torch.cat([past_v, v], 1)
+        repeats = self.heads // self.kv_heads
+        if repeats > 1:
+            keys, values = keys.repeat_interleave(repeats, dim=2), values.repeat_interleave(repeats, dim=2)
+        attended = functional.scaled_dot_product_attention(
+            q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask[:, None]
+        )
+        x = x + self.out(attended.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))
+        gate, up = self.gate_up(self.feed_forward_norm(x)).chunk(2, -1)
+        x = x + self.down(functional.silu(gate) * up)
+        return x, k.reshape(batch, tokens, -1), v.reshape(batch, tokens, -1)
+
+
+class Decoder(nn.Module):
+    """The functional step of the house's model contract."""
+
+    inverse_frequency: Tensor
+
+    def __init__(self, config: ModelConfig, precision: str = "float32", *, norm: NormKind = "fused") -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, norm) for _ in range(config.num_layers))
+        self.norm = RootMeanSquareNorm(config.hidden_size, eps=config.rms_norm_eps, kind=norm)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.to(PRECISIONS[precision])
+        # Angles stay in float32 whatever the precision: positions above 256 are not exact in bfloat16.
+        frequencies = torch.tensor(inverse_frequencies(config), dtype=torch.float32)
+        self.register_buffer("inverse_frequency", frequencies, persistent=False)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        k_pool: Tensor,
+        v_pool: Tensor,
+        slots: Tensor,
+        context_lengths: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run one step.
+
+        token_ids, positions int64 [B,T]: consecutive tokens of each row; padding stands at the end of a row.
+        k_pool, v_pool [layers*slots, kv_heads*head_dim]: read only, layer i's slot s is row i*slots + s.
+        slots int64 [B,S]: the pool slots of the row's earlier positions; only the first context_lengths[b] count.
+        context_lengths int64 [B].
+        Returns logits float32 [B,T,vocab], new keys and new values [layers,B,T,kv_heads*head_dim].
+        """
+        batch, tokens = token_ids.shape
+        context = slots.shape[1]
+        config = self.config
+        pool_slots = k_pool.shape[0] // config.num_layers
+        x = self.embed(token_ids)
+        angle = positions[..., None].to(torch.float32) * self.inverse_frequency
+        cos, sin = angle.cos().to(x.dtype)[:, :, None], angle.sin().to(x.dtype)[:, :, None]
+        seen = torch.arange(context, device=slots.device)[None, None] < context_lengths[:, None, None]
+        order = torch.arange(tokens, device=slots.device)
+        causal = (order[None, :] <= order[:, None])[None].expand(batch, tokens, tokens)
+        mask = torch.cat([seen.expand(batch, tokens, context), causal], 2)
+        new_k: list[Tensor] = []
+        new_v: list[Tensor] = []
+        shape = (batch, context, config.num_kv_heads, config.head_dim)
+        for index, block in enumerate(self.blocks):
+            past_k = functional.embedding(slots + index * pool_slots, k_pool).view(shape)
+            past_v = functional.embedding(slots + index * pool_slots, v_pool).view(shape)
+            x, k, v = block(x, cos, sin, past_k, past_v, mask)
+            new_k.append(k)
+            new_v.append(v)
+        return self.head(self.norm(x)).to(torch.float32), torch.stack(new_k), torch.stack(new_v)
