@@ -120,11 +120,9 @@ def build_decoder(checkpoint: Checkpoint, precision: str = "float32", *, norm: N
     config, source = checkpoint.config, checkpoint.weights()
     try:
         embedding = source.pop("model.embed_tokens.weight")
-        head = source.pop("lm_head.weight", None)
-        if head is None or config.tie_embeddings:
-            if not config.tie_embeddings:
-                raise KeyError("lm_head.weight")
-            head = embedding
+        # A head of its own wins over the tie, as in transformers.
+        tied = config.tie_embeddings and "lm_head.weight" not in source
+        head = embedding if tied else source.pop("lm_head.weight")
         state = {"embed.weight": embedding, "head.weight": head, "norm.weight": source.pop("model.norm.weight")}
         for index in range(config.num_layers):
             state |= _layer_weights(source, config, index)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from runtime.models.config import ModelRefused, parse_config
@@ -75,13 +76,18 @@ def test_logits_agree_with_transformers(family: str, tmp_path: Path) -> None:
             }
         },
         {"tie_word_embeddings": True},
+        {"attention_bias": False, "mlp_bias": False},
     ],
-    ids=["linear", "llama3", "tied"],
+    ids=["linear", "llama3", "tied", "plain"],
 )
 def test_variants_agree_with_transformers(change: dict[str, Any], tmp_path: Path) -> None:
     folder = random_checkpoint(tmp_path / "model", seed=5)
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | change))
+    if change.get("tie_word_embeddings"):
+        weights = load_file(folder / "model.safetensors")
+        del weights["lm_head.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokens = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(2))
     ours = _in_chunks(build_decoder(load_checkpoint(folder)), tokens, [40])
     assert (ours - _theirs(folder, tokens)).abs().max() < 1e-4
