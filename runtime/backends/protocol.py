@@ -1,0 +1,229 @@
+"""What must every backend offer?  The protocol that preparation and the engine code against, and the abilities table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.backends.contract import Bounds, InputContract, Integers
+from runtime.backends.errors import BackendRefused
+from runtime.models.config import ModelConfig
+
+Floats = NDArray[np.float32]
+
+
+class Support(StrEnum):
+    """Whether a backend can do a thing, and whose doing it is when it cannot."""
+
+    SUPPORTED = "supported"
+    NOT_OURS_YET = "not_ours_yet"
+    """The toolchain can; this project does not offer it yet."""
+    NOT_THEIRS_YET = "not_theirs_yet"
+    """The toolchain cannot at this version."""
+    NEVER = "never"
+    """It contradicts what the backend is."""
+
+
+ABILITIES = (
+    "float32",
+    "bfloat16",
+    "int8",
+    "dynamic_shapes",
+    "threads",
+    "optimization_levels",
+    "reproducible_build",
+    "reproducible_steps",
+    "batch_invariant",
+    "own_process",
+    "one_shot_models",
+)
+
+
+@dataclass(frozen=True)
+class Ability:
+    """One cell of the truth table; every cell but `supported` carries its reason."""
+
+    support: Support
+    reason: str = ""
+
+
+def abilities(**cells: Ability) -> dict[str, Ability]:
+    """Make a complete abilities table; a missing or unknown name is an error of the backend's author."""
+    if set(cells) != set(ABILITIES):
+        raise ValueError(f"abilities differ from the table: {sorted(set(cells) ^ set(ABILITIES))}")
+    bare = [name for name, cell in cells.items() if cell.support is not Support.SUPPORTED and not cell.reason]
+    if bare:
+        raise ValueError(f"abilities without a reason: {bare}")
+    return cells
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """What a preparation is asked for; every field is identity."""
+
+    precision: str = "float32"
+    norm: str = "fused"
+    """fused or unfused RMS norm of the decoder."""
+    optimization: str = "default"
+    """Level name of the backend; `default` is the backend's own choice, written out in the manifest."""
+    flags: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Backend settings by name (for example inductor's `freezing`); unknown names are refused."""
+    bounds: Bounds = Bounds()
+    threads: int = 1
+    """Compute threads while building; part of the identity of compiled code."""
+    deadline_seconds: int = 600
+    """The whole build ends by then or fails as a timeout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadSpec:
+    """What a load needs to know besides the files; all of it comes from the package's manifest, but the threads."""
+
+    config: ModelConfig
+    contract: InputContract
+    precision: str = "float32"
+    flags: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The compiler manifest's flags; `norm` is among them."""
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step computed."""
+
+    logits: Floats
+    """float32 [B,T,vocab] in host memory."""
+    new_k: Any
+    """The backend's own array [layers,B,T,kv width], to be handed to `KVPool.write` only."""
+    new_v: Any
+
+
+class KVPool(Protocol):
+    """Two flat tables of keys and values; layer i's slot s is row i*num_slots + s."""
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of one layer."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both tables."""
+        ...
+
+    def write(self, slot_ids: Integers, new_k: Any, new_v: Any, *, rows: Integers, columns: Integers) -> None:
+        """Put token (rows[n], columns[n]) of a step's output into slot_ids[n] of every layer; all are int64 [N]."""
+        ...
+
+    def read(self, slot_ids: Integers) -> tuple[Floats, Floats]:
+        """Copy out keys and values, float32 [layers,N,kv width]; for digests and tests, not for the hot path."""
+        ...
+
+
+class Executor(Protocol):
+    """A loaded package: the functional step on one backend."""
+
+    @property
+    def backend(self) -> str: ...
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def contract(self) -> InputContract: ...
+    @property
+    def threads(self) -> int: ...
+
+    def new_pool(self, num_slots: int) -> KVPool:
+        """Allocate a zeroed pool of `num_slots` slots a layer."""
+        ...
+
+    def step(
+        self, tokens: Integers, positions: Integers, slots: Integers, context_lengths: Integers, pool: KVPool
+    ) -> StepOutput:
+        """Check the inputs, then run one step; `pool` is only read.  Errors: `BackendError` and its classes."""
+        ...
+
+    def close(self) -> None:
+        """Release what the backend holds; the executor cannot step afterwards."""
+        ...
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """What one stage of a backend's lowering gave: files or values handed on, and what it recorded."""
+
+    emitted: Mapping[str, Any]
+    """Deterministic description of what the stage emits; digested at the stage boundary."""
+    record: Mapping[str, Any]
+    """The specification's Record fields of the stage; what the toolchain cannot tell is {"unknown": reason}."""
+    timings: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Microseconds by name; kept out of everything that is digested."""
+
+
+class Lowering(Protocol):
+    """One preparation on its way through a backend: the stages 1 to 6, called once each and in order."""
+
+    def capture(self) -> Boundary: ...
+    def represent(self) -> Boundary: ...
+    def analyze(self) -> Boundary: ...
+    def optimize(self) -> Boundary: ...
+    def partition(self) -> Boundary: ...
+    def lower(self) -> Boundary: ...
+
+    def files(self) -> Mapping[str, Path]:
+        """After `lower`: what the package must hold, by its name in the package."""
+        ...
+
+    def compiler(self) -> Mapping[str, Any]:
+        """After `lower`: the fields of the compiler manifest that the backend knows."""
+        ...
+
+    def close(self) -> None:
+        """End child processes and release memory; safe to call twice."""
+        ...
+
+
+class Backend(Protocol):
+    """A way to prepare and run the functional step."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def abilities(self) -> Mapping[str, Ability]: ...
+
+    def versions(self) -> dict[str, str]:
+        """Name the libraries that decide what is built and run; `BackendMissing` where one is not installed."""
+        ...
+
+    def start(self, model_folder: Path, work: Path, options: BuildOptions) -> Lowering:
+        """Begin a preparation; refuse options that the abilities table does not hold with `BackendRefused`."""
+        ...
+
+    def load(self, package: Path, spec: LoadSpec) -> Executor:
+        """Load a package folder whose digests have been verified."""
+        ...
+
+
+def require(backend: str, table: Mapping[str, Ability], name: str) -> None:
+    """Refuse what the abilities table does not support, with its reason."""
+    cell = table.get(name)
+    if cell is None:
+        raise BackendRefused(
+            f"{backend} knows no ability {name!r}",
+            fix=f"choose one of {', '.join(table)}",
+            evidence={"backend": backend, "ability": name, "support": "unknown"},
+        )
+    if cell.support is not Support.SUPPORTED:
+        offered = [other for other in ("float32", "bfloat16") if table[other].support is Support.SUPPORTED]
+        raise BackendRefused(
+            f"{backend} does not offer {name}: {cell.reason}",
+            fix=f"use another backend, or precision {' or '.join(offered)} on this one",
+            evidence={"backend": backend, "ability": name, "support": cell.support.value, "reason": cell.reason},
+        )
