@@ -1,0 +1,51 @@
+"""Which pins differ between two runs?  Down to the field, and to the entry of a mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from manifests.run import DIMENSIONS, Pins
+
+
+@dataclass(frozen=True)
+class PinDifference:
+    """One pin that is not the same on both sides."""
+
+    dimension: str
+    field: str
+    """Field name, or ``field.key`` for an entry of a mapping."""
+    left: Any
+    """The value as plain JSON; None also where an entry is absent."""
+    right: Any
+
+    @property
+    def path(self) -> str:
+        """Return the name that ``Pins.set`` takes."""
+        return f"{self.dimension}.{self.field}"
+
+
+def diff(left: Pins, right: Pins) -> tuple[PinDifference, ...]:
+    """List every pin that differs, in the order of dimensions and fields."""
+    found: list[PinDifference] = []
+    for dimension in DIMENSIONS:
+        first, second = left.dimension(dimension), right.dimension(dimension)
+        if first == second:
+            continue
+        document, other = first.to_document(), second.to_document()
+        for field in document:
+            for name, one, two in _descend(field, document[field], other[field]):
+                found.append(PinDifference(dimension, name, one, two))
+    return tuple(found)
+
+
+def _descend(name: str, left: Any, right: Any) -> Iterator[tuple[str, Any, Any]]:
+    if left == right:
+        return
+    if not (isinstance(left, dict) and isinstance(right, dict)):
+        yield name, left, right
+        return
+    first, second = cast("dict[str, Any]", left), cast("dict[str, Any]", right)
+    for key in sorted(first.keys() | second.keys()):
+        yield from _descend(f"{name}.{key}", first.get(key), second.get(key))
