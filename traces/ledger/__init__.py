@@ -1,0 +1,1 @@
+"""Where events are kept: outbox, sealed segments and their DuckDB projection."""
