@@ -1,4 +1,4 @@
-"""Which inputs may reach a backend?  Dtype, rank, bounds, dimension relations and index ranges, checked before any call.
+"""Which inputs may reach a backend?  Dtype, rank, bounds, relations and index ranges, checked before any call.
 
 No backend enforces the whole contract: the same out-of-range index raises in one, aborts the process in another and is
 answered with foreign memory in a third, and the bounds declared at export vanish from most formats.

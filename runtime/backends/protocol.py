@@ -1,4 +1,4 @@
-"""What must every backend offer?  The protocol that preparation and the engine code against, and the abilities table."""
+"""What must every backend offer?  The protocol that preparation and engine code against, and the abilities table."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class BuildOptions:
     """Level name of the backend; `default` is the backend's own choice, written out in the manifest."""
     flags: Mapping[str, str] = field(default_factory=dict[str, str])
     """Backend settings by name (for example inductor's `freezing`); unknown names are refused."""
-    bounds: Bounds = Bounds()
+    bounds: Bounds = field(default_factory=Bounds)
     threads: int = 1
     """Compute threads while building; part of the identity of compiled code."""
     deadline_seconds: int = 600
