@@ -2,8 +2,8 @@
 
 Azure LLM inference traces (CSV: TIMESTAMP, ContextTokens, GeneratedTokens; Patel et al., ISCA 2024) and Mooncake
 traces (JSON Lines: timestamp in ms, input_length, output_length, hash_ids of 512-token prefix blocks; Qin et al.,
-FAST 2025) give lengths and times, no text.  The text is made here: a prefix block of the trace is always the same
-words, in every process, so that requests that shared a prefix there share one here.
+FAST 2025) give lengths and times, no text.  The tokens are made here: a prefix block of the trace is always the same
+tokens, in every process, so that requests that shared a prefix there share one here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import pairwise
@@ -30,11 +30,6 @@ from experiments.workloads import (
 
 MOONCAKE_BLOCK_TOKENS = 512
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-WORDS = (
-    *("order", "refund", "parcel", "invoice", "account", "delivery", "return", "address", "payment", "voucher"),
-    *("ticket", "policy", "window", "charge", "courier", "label", "receipt", "deposit", "credit", "warranty"),
-    *("repair", "exchange", "basket", "contract", "renewal", "discount"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +41,7 @@ class TraceScale:
     block_tokens   tokens that stand for one prefix block of the trace
     time_factor    arrival times are multiplied by this (0.1: ten times faster)
     tenants        requests are dealt to these tenants by a stable hash
-    count          counts a text's tokens; None counts words
+    token_range    the made-up tokens are drawn from [first, second): ids that the model knows and no special token
     """
 
     prompt_tokens: int = 96
@@ -54,7 +49,7 @@ class TraceScale:
     block_tokens: int = 16
     time_factor: float = 1.0
     tenants: tuple[str, ...] = ("acme",)
-    count: Callable[[str], int] | None = None
+    token_range: tuple[int, int] = (64, 512)
 
 
 @dataclass(frozen=True)
@@ -143,7 +138,6 @@ def scale_rows(name: str, rows: list[TraceRow], *, scale: TraceScale, spread: bo
     times = spread_bins([row.at_us for row in rows]) if spread else [row.at_us for row in rows]
     requests: list[WorkloadRequest] = []
     capped = 0
-    texts: dict[tuple[str, int], str] = {}
     for index, (row, at_us) in enumerate(zip(rows, times, strict=True)):
         prompt = max(1, round(row.input_tokens * factor))
         output = max(1, round(row.output_tokens * factor))
@@ -152,7 +146,7 @@ def scale_rows(name: str, rows: list[TraceRow], *, scale: TraceScale, spread: bo
             WorkloadRequest(
                 at_us=round(at_us * scale.time_factor),
                 tenant=scale.tenants[_stable(f"{name}:{index}") % len(scale.tenants)],
-                question=_prompt(row.blocks, min(prompt, scale.prompt_tokens), scale, texts),
+                prompt_tokens=_prompt(row.blocks, min(prompt, scale.prompt_tokens), scale),
                 generation={"max_tokens": min(output, scale.output_tokens), "seed": index},
             )
         )
@@ -176,31 +170,21 @@ def spread_bins(times: list[int]) -> list[int]:
     return spread
 
 
-def block_text(block: str, tokens: int, *, count: Callable[[str], int] | None = None) -> str:
-    """Return the words that stand for a block: the same in every process, at most `tokens` tokens, but one word."""
-    words: list[str] = []
-    while True:
-        word = WORDS[_stable(f"{block}:{len(words)}") % len(WORDS)]
-        longer = " ".join([*words, word])
-        size = len(words) + 1 if count is None else count(" " + longer)
-        if size > tokens and words:
-            return " ".join(words)
-        words.append(word)
-        if size >= tokens:
-            return longer
+def block_content(block: str, count: int, *, token_range: tuple[int, int]) -> tuple[int, ...]:
+    """Return the `count` tokens that stand for a block: the same in every process."""
+    first, end = token_range
+    return tuple(first + _stable(f"{block}:{index}") % (end - first) for index in range(count))
 
 
-def _prompt(blocks: tuple[str, ...], tokens: int, scale: TraceScale, texts: dict[tuple[str, int], str]) -> str:
-    """Return a prompt of about `tokens` tokens, made of its blocks in order, cut at the tail."""
-    parts: list[str] = []
+def _prompt(blocks: tuple[str, ...], tokens: int, scale: TraceScale) -> tuple[int, ...]:
+    """Return a prompt of `tokens` tokens, made of its blocks in order, cut at the tail."""
+    prompt: list[int] = []
     for block in blocks or ("empty",):
-        size = min(scale.block_tokens, tokens - scale.block_tokens * len(parts))
+        size = min(scale.block_tokens, tokens - len(prompt))
         if size <= 0:
             break
-        if (block, size) not in texts:
-            texts[block, size] = block_text(block, size, count=scale.count)
-        parts.append(texts[block, size])
-    return " ".join(parts)
+        prompt.extend(block_content(block, size, token_range=scale.token_range))
+    return tuple(prompt)
 
 
 def _stable(text: str) -> int:

@@ -5,6 +5,7 @@ A workload is a JSON Lines file.  A line is a request or a control:
     {"at_us": 120000, "tenant": "acme", "question": "Where is my refund?", "generation": {"seed": 7}}
     {"at_us": 500000, "control": "activate", "route": "default", "package": "bfloat16"}
 
+A request asks a question of the support desk, or gives `"prompt_tokens": [..]` to be continued as they are.
 Times are integer microseconds from the start of the workload and never fall from line to line.  Trace files of
 other systems (Azure, Mooncake) are read by `experiments.trace_files` into the same records.
 """
@@ -23,44 +24,46 @@ WorkloadFormat = Literal["auto", "jsonl", "azure", "mooncake"]
 FORMATS: tuple[WorkloadFormat, ...] = ("auto", "jsonl", "azure", "mooncake")
 
 REQUEST_FIELDS = frozenset(
-    {"at_us", "tenant", "question", "task", "conversation", "deadline_us", "generation", "expect"}
+    {"at_us", "tenant", "question", "prompt_tokens", "conversation", "route", "deadline_us", "generation", "expect"}
 )
 CONTROL_FIELDS = frozenset({"at_us", "control", "route", "package"})
-GENERATION_FIELDS = frozenset({"seed", "temperature", "top_k", "top_p", "max_tokens", "sampler"})
+GENERATION_FIELDS = frozenset({"seed", "temperature", "top_k", "top_p", "max_tokens"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadRequest:
     """One request as it arrives.
 
-    at_us        arrival, microseconds after the start of the workload
-    tenant       whose request it is: a tenant of the deployment
-    question     what the customer asks
-    task         which task of the runtime answers it; None is the deployment's own
-    conversation the conversation it continues, if any
-    deadline_us  microseconds after arrival at which the answer is of no use; None for no deadline
-    generation   sampling fields by name; what is left out is the deployment's default
-    expect       what a right answer contains, for quality only: never sent to the runtime
+    at_us          arrival, microseconds after the start of the workload
+    tenant         whose request it is: a tenant of the deployment
+    question       what the customer asks; None when the prompt is given as tokens
+    prompt_tokens  token ids to continue, without retrieval, tools or grammar
+    conversation   the conversation it continues, if any
+    route          the route it asks for; None takes the deployment's default
+    deadline_us    microseconds after arrival at which the answer is of no use; None for the deployment's limit
+    generation     sampling fields by name; what is left out is the deployment's default
+    expect         what a right answer contains, for quality only: never sent to the runtime
     """
 
     at_us: int
     tenant: str
-    question: str
-    task: str | None = None
+    question: str | None = None
+    prompt_tokens: tuple[int, ...] | None = None
     conversation: str | None = None
+    route: str | None = None
     deadline_us: int | None = None
     generation: Mapping[str, Any] = field(default_factory=dict[str, Any])
     expect: Mapping[str, Any] | None = None
 
     def document(self) -> dict[str, Any]:
         """Return the line of the workload file that says this request."""
-        lines = {name: getattr(self, name) for name in ("at_us", "tenant", "question")}
-        for name in ("task", "conversation", "deadline_us", "expect"):
+        line: dict[str, Any] = {"at_us": self.at_us, "tenant": self.tenant}
+        for name in ("question", "prompt_tokens", "conversation", "route", "deadline_us", "expect"):
             if getattr(self, name) is not None:
-                lines[name] = getattr(self, name)
+                line[name] = getattr(self, name)
         if self.generation:
-            lines["generation"] = dict(self.generation)
-        return lines
+            line["generation"] = dict(self.generation)
+        return line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,12 +177,12 @@ def _parse_line(path: Path, number: int, text: str) -> WorkloadItem:
         raise WorkloadError(
             f"unknown field {unknown[0]!r}", path=path, line=number, fix=f"Known fields: {', '.join(sorted(known))}."
         )
-    needs = ("at_us", "route", "package") if control else ("at_us", "tenant", "question")
+    needs = ("at_us", "route", "package") if control else ("at_us", "tenant")
     for name in needs:
         if name not in line:
             raise WorkloadError(f"field {name!r} is missing", path=path, line=number)
     _check_times(path, number, line)
-    for name in ("tenant", "question", "task", "conversation", "route", "package", "control"):
+    for name in ("tenant", "question", "conversation", "route", "package", "control"):
         if name in line and (not isinstance(line[name], str) or not line[name].strip()):
             raise WorkloadError(f"{name!r} must be a string that is not empty", path=path, line=number)
     if control:
@@ -187,6 +190,9 @@ def _parse_line(path: Path, number: int, text: str) -> WorkloadItem:
             raise WorkloadError(f"unknown control {line['control']!r}", path=path, line=number, fix="Use activate.")
         return ActivatePackage(at_us=line["at_us"], route=line["route"], package=line["package"])
     _check_mappings(path, number, line)
+    _check_prompt(path, number, line)
+    if "prompt_tokens" in line:
+        line["prompt_tokens"] = tuple(line["prompt_tokens"])
     return WorkloadRequest(**line)
 
 
@@ -213,6 +219,16 @@ def _check_mappings(path: Path, number: int, line: Mapping[str, Any]) -> None:
             line=number,
             fix=f"Known fields: {', '.join(sorted(GENERATION_FIELDS))}.",
         )
+
+
+def _check_prompt(path: Path, number: int, line: Mapping[str, Any]) -> None:
+    """Refuse a request that asks nothing, asks twice, or whose tokens are no token ids."""
+    if ("question" in line) == ("prompt_tokens" in line):
+        raise WorkloadError("give either 'question' or 'prompt_tokens'", path=path, line=number)
+    tokens: object = line.get("prompt_tokens", [0])
+    whole = isinstance(tokens, list) and all(type(token) is int and token >= 0 for token in cast(list[object], tokens))
+    if not whole or not tokens:
+        raise WorkloadError("'prompt_tokens' must be a list of token ids that is not empty", path=path, line=number)
 
 
 def _no_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

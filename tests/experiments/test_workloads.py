@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from experiments.errors import WorkloadError
 from experiments.support_desk import support_desk_workload
-from experiments.trace_files import TraceScale, block_text, detect_layout, read_workload, spread_bins
+from experiments.trace_files import TraceScale, block_content, detect_layout, read_workload, spread_bins
 from experiments.workloads import ActivatePackage, Workload, WorkloadRequest, read_jsonl, write_jsonl
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -44,7 +44,7 @@ def test_a_written_workload_reads_back_equal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"at_us": 0, "tenant": "a"}', "'question' is missing"),
+        ('{"at_us": 0, "tenant": "a"}', "give either 'question' or 'prompt_tokens'"),
         ('{"at_us": -1, "tenant": "a", "question": "q"}', "'at_us' must be a whole number"),
         ('{"at_us": true, "tenant": "a", "question": "q"}', "'at_us' must be a whole number"),
         ('{"at_us": 0.5, "tenant": "a", "question": "q"}', "'at_us' must be a whole number"),
@@ -55,6 +55,9 @@ def test_a_written_workload_reads_back_equal(tmp_path: Path) -> None:
         ('{"at_us": NaN, "tenant": "a", "question": "q"}', "NaN is not JSON"),
         ('{"at_us": 0, "control": "stop", "route": "r", "package": "p"}', "unknown control 'stop'"),
         ('{"at_us": 0, "control": "activate", "route": "r"}', "'package' is missing"),
+        ('{"at_us": 0, "tenant": "a", "question": "q", "prompt_tokens": [1]}', "give either"),
+        ('{"at_us": 0, "tenant": "a", "prompt_tokens": []}', "'prompt_tokens' must be a list"),
+        ('{"at_us": 0, "tenant": "a", "prompt_tokens": [1, -1]}', "'prompt_tokens' must be a list"),
         ("[1]", "not an object"),
         ("{", "is not a JSON object"),
     ],
@@ -101,8 +104,8 @@ def test_an_azure_trace_is_scaled_and_keeps_its_times(tmp_path: Path) -> None:
     load = read_workload(path, scale=TraceScale(prompt_tokens=96, tenants=("acme", "globex")))
     first, second = load.requests
     assert (first.at_us, second.at_us) == (0, 52_000)
-    assert len(first.question.split()) == 96
-    assert len(second.question.split()) == 16
+    assert first.prompt_tokens is not None and len(first.prompt_tokens) == 96
+    assert second.prompt_tokens is not None and len(second.prompt_tokens) == 16
     assert first.generation["max_tokens"] == 1
     assert "1 of 2 requests capped" in load.notes
 
@@ -121,26 +124,22 @@ def test_mooncake_requests_that_share_blocks_share_a_prefix(tmp_path: Path) -> N
     ]
     path = _file(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
     first, second, third = read_workload(path).requests
-    assert first.question.startswith(second.question + " ")
-    assert not second.question.startswith(third.question)
+    long, short, other = ((request.prompt_tokens or ()) for request in (first, second, third))
+    assert (len(long), len(short), len(other)) == (38, 32, 16)
+    assert long[:32] == short
+    assert short[:16] != other
     assert first.generation["max_tokens"] == 20
     assert [first.at_us, second.at_us, third.at_us] == [0, 1_500_000, 3_000_000]
 
 
-def test_block_text_is_the_same_in_every_process() -> None:
-    code = "from experiments.trace_files import block_text; print(block_text('mooncake:7', 12))"
+def test_a_block_is_the_same_in_every_process() -> None:
+    code = "from experiments.trace_files import block_content as b; print(b('mooncake:7', 12, token_range=(64, 512)))"
     environments = ({"PYTHONHASHSEED": seed} for seed in ("1", "2"))
     texts = {
         subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip()
         for env in environments
     }
-    assert texts == {block_text("mooncake:7", 12)}
-
-
-@given(block=st.text(max_size=8), tokens=st.integers(1, 64))
-def test_block_text_has_the_length_that_is_asked(block: str, tokens: int) -> None:
-    assert len(block_text(block, tokens).split()) == tokens
-    assert len(block_text(block, tokens, count=len)) <= max(tokens, 10)
+    assert texts == {str(block_content("mooncake:7", 12, token_range=(64, 512)))}
 
 
 @given(st.lists(st.integers(0, 50), min_size=1).map(sorted))
