@@ -1,8 +1,8 @@
 """What is one trace event, and how does it look outside?
 
-``TraceEvent`` is the whole envelope: one frozen record, one sentence a field.  It covers the specification's "Conceptual
-trace event envelope" and the OpenTelemetry GenAI fields; ``export`` writes the specification's camelCase names.
-A missing value is None and takes no bytes.
+``TraceEvent`` is the whole envelope: one frozen record, one sentence a field.  It covers the specification's
+"Conceptual trace event envelope" and the OpenTelemetry GenAI fields; ``export`` writes the specification's camelCase
+names.  A missing value is None and takes no bytes.
 """
 
 from __future__ import annotations
