@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from manifests.canonical import DIGEST_PATTERN, LARGEST_INTEGER, canonical_bytes, digest
 from manifests.errors import DigestError, DocumentError
@@ -39,11 +39,6 @@ def _printable_keys(value: Mapping[str, Any]) -> Mapping[str, Any]:
     return freeze(value)
 
 
-def _json_map(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    canonical_bytes(dict(value))
-    return freeze(value)
-
-
 Digest = Annotated[str, Field(pattern=DIGEST_PATTERN)]
 """``sha256:`` and 64 hex digits."""
 Count = Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
@@ -55,7 +50,7 @@ TextMap = Annotated[dict[str, str], AfterValidator(_printable_keys)]
 """Printable ASCII names to texts."""
 DigestMap = Annotated[dict[str, Digest], AfterValidator(_printable_keys)]
 DecimalMap = Annotated[dict[str, DecimalText], AfterValidator(_printable_keys)]
-JsonMap = Annotated[dict[str, Any], AfterValidator(_json_map)]
+JsonMap = Annotated[dict[str, Any], AfterValidator(freeze)]
 """Any canonical JSON object."""
 
 
@@ -67,6 +62,12 @@ class Manifest(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+    @model_validator(mode="after")
+    def _has_a_name(self) -> Self:
+        """Refuse at once what could not be hashed later: a lone surrogate, a float in an open mapping."""
+        self.canonical()
+        return self
 
     def canonical(self) -> bytes:
         """Return the canonical JSON bytes of all fields."""

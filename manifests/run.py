@@ -195,7 +195,9 @@ def _with_value(manifest: Manifest, field: str, key: str, value: Any, path: str)
         except (DocumentError, CanonicalError) as error:
             refusals.append(str(error))
     wanted = "text" if key else _kind(manifest, field)
-    raise PinError(f"the value {value!r} does not fit", where=path, fix=f"It takes {wanted}. {refusals[0]}")
+    # a reading of the right type that was refused for its value says more than one of another type
+    telling = next((text for text in refusals if "should be a valid" not in text), refusals[0])
+    raise PinError(f"the value {value!r} does not fit", where=path, fix=f"It takes {wanted}. {telling}")
 
 
 def _readings(value: Any) -> list[Any]:
