@@ -380,7 +380,7 @@ def _describe(error: ClassifiedError) -> dict[str, Any]:
     return {
         "failure_class": error.failure_class.value,
         "error_type": error.error_type,
-        "message": str(error),
+        "message": error.message,
         "evidence": dict(error.evidence),
         "fix": error.fix,
         "ambiguous": isinstance(error, AmbiguousSideEffect),

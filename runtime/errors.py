@@ -14,7 +14,7 @@
         AmbiguousSideEffect              tool_side_effect      a write may or may not have happened
         RouteUnavailable                 artifact_compatibility  no loaded package can serve the request
         InputOutsideGuard                shape_guard           the input violates what the package was compiled for
-        EvidenceNotStored                telemetry_persistence mandatory evidence could not be written
+      TelemetryPersistenceError          telemetry_persistence mandatory evidence could not be written (traces.failures)
 
 The classes, their retry rules and containment are the specification's table "Failure handling by stage".
 """
@@ -31,7 +31,6 @@ __all__ = [
     "CapacityRefused",
     "DeadlineExceeded",
     "EffectMiss",
-    "EvidenceNotStored",
     "InputOutsideGuard",
     "OutputRejected",
     "ProviderFailed",
@@ -138,9 +137,3 @@ class InputOutsideGuard(RuntimeFailure):
     """The input violates what the package was compiled for."""
 
     bound_class = FailureClass.SHAPE_GUARD
-
-
-class EvidenceNotStored(RuntimeFailure):
-    """Mandatory audit, trace or memory evidence could not be written."""
-
-    bound_class = FailureClass.TELEMETRY_PERSISTENCE
