@@ -97,12 +97,15 @@ def probe(
 def pinned_environment(hardware: HardwareManifest, base: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment in which a worker process has the recorded numeric settings.
 
-    Every variable of NUMERIC_ENVIRONMENT is as recorded, which includes being unset; OMP_NUM_THREADS follows the
-    thread count.  Libraries read these once, at load, so they must be set before a process starts.
+    Every variable of NUMERIC_ENVIRONMENT is as recorded, which includes being unset; a recorded OMP_NUM_THREADS follows
+    the thread count.  Libraries read these once, at load, so they must be set before a process starts.
     """
     inherited = os.environ if base is None else base
     kept = {name: value for name, value in inherited.items() if name not in NUMERIC_ENVIRONMENT}
-    return kept | dict(hardware.environment) | {"OMP_NUM_THREADS": str(hardware.threads)}
+    pinned = kept | dict(hardware.environment)
+    if "OMP_NUM_THREADS" in pinned and _threads(pinned) != hardware.threads:
+        pinned["OMP_NUM_THREADS"] = str(hardware.threads)
+    return pinned
 
 
 def _processor(root: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from runtime.probe import NUMERIC_ENVIRONMENT, pinned_environment, probe
+from runtime.probe import pinned_environment, probe
 
 CPUINFO = """\
 processor\t: 0
@@ -79,12 +79,17 @@ def test_reads_only_variables_that_reach_the_bits(tmp_path: Path) -> None:
 
 def test_a_worker_gets_the_recorded_settings_and_no_others(tmp_path: Path) -> None:
     recorded = probe(root=tmp_path, environment={"MKL_CBWR": "COMPATIBLE"}, threads=2)
-    here = {"PATH": "/bin", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    expected = {"PATH": "/bin", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "2"}
-    assert pinned_environment(recorded, here) == expected
-    again = probe(root=tmp_path, environment=pinned_environment(recorded, here))
-    assert again.threads == recorded.threads
-    assert set(again.environment) <= set(NUMERIC_ENVIRONMENT)
+    here = {"PATH": "/bin", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "7"}
+    inside = pinned_environment(recorded, here)
+    assert inside == {"PATH": "/bin", "MKL_CBWR": "COMPATIBLE"}
+    assert probe(root=tmp_path, environment=inside, threads=2) == recorded
+
+
+def test_a_recorded_thread_variable_follows_the_thread_pin(tmp_path: Path) -> None:
+    recorded = probe(root=tmp_path, environment={"OMP_NUM_THREADS": "1"})
+    assert pinned_environment(recorded, {}) == {"OMP_NUM_THREADS": "1"}
+    changed = recorded.model_copy(update={"threads": 2})
+    assert pinned_environment(changed, {}) == {"OMP_NUM_THREADS": "2"}
 
 
 def test_two_probes_of_this_machine_agree() -> None:
