@@ -1,0 +1,85 @@
+"""What does a chart draw?  Plain records between the recorded events and the figures.
+
+Times are integer microseconds.  Those of spans are counted from the moment the request was accepted, those of engine
+steps from the first step shown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Interval = tuple[int, int]
+"""Start and end in microseconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanRow:
+    """One bar of the waterfall."""
+
+    stage: str
+    """Stage code, such as ``b05``."""
+    label: str
+    start_us: int
+    end_us: int
+    critical: tuple[Interval, ...] = ()
+    """The parts of the span that the critical path goes through."""
+    status: str = "ok"
+    detail: str = ""
+    """One sentence for the hover."""
+
+    @property
+    def duration_us(self) -> int:
+        """Inclusive time."""
+        return self.end_us - self.start_us
+
+    @property
+    def critical_us(self) -> int:
+        """Time that the critical path spends in this span."""
+        return sum(end - start for start, end in self.critical)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRow:
+    """One engine step."""
+
+    step: int
+    start_us: int
+    duration_us: int
+    prefill_rows: int
+    decode_rows: int
+    padded_rows: int
+    """Rows of the batch after padding: what the kernels saw."""
+    prefill_tokens: int = 0
+    own: bool = False
+    """The request that is looked at has a row in this step."""
+
+    @property
+    def rows(self) -> int:
+        """Rows that did useful work."""
+        return self.prefill_rows + self.decode_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyRow:
+    """How long one stage took over many requests."""
+
+    stage: str
+    count: int
+    p50_us: float
+    p95_us: float
+    p99_us: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRow:
+    """One generated token and the evidence beside it."""
+
+    index: int
+    token: int
+    text: str | None
+    """None when the package's tokenizer is not at hand."""
+    logprob: float | None
+    margin: float | None
+    logits_digest: str | None
+    step: int | None
+    emitted_us: int | None = None
