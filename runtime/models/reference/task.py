@@ -13,70 +13,22 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from runtime.models.reference.prompt import TICKET_TOPICS
+from runtime.models.reference.wording import (
+    ACCOUNT_FIELDS,
+    ASIDES,
+    OPENINGS,
+    PLANS,
+    POLICIES,
+    PRODUCTS,
+    STATUSES,
+    TICKET_REQUESTS,
+    TOPICS,
+)
 
 Split = Literal["training", "held_out"]
 Kind = Literal["policy", "lookup", "record", "ticket"]
 
 TENANTS = ("aurora", "borealis")
-PLANS = ("basic", "bronze", "silver", "gold", "family", "business")
-STATUSES = ("active", "paused", "closed", "overdue")
-PRODUCTS = (
-    "laptops", "phones", "tablets", "cameras", "printers", "monitors", "keyboards", "speakers", "chairs", "desks",
-    "lamps", "ovens", "fridges", "kettles", "bicycles", "helmets", "tents", "boots", "jackets", "watches", "rings",
-    "guitars", "drums", "books", "toys", "pillows", "carpets", "drills",
-)  # fmt: skip
-
-# topic -> (article sentence, question phrasings); {p} is the product, {n} the value
-POLICIES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "refund": ("Refunds for {p} take {n} days.", (
-        "How long do refunds for {p} take?", "When do I get my refund for {p}?", "How many days is a refund for {p}?")),
-    "warranty": ("The warranty for {p} lasts {n} months.", (
-        "How long is the warranty for {p}?", "What warranty do {p} have?", "When does the warranty for {p} end?")),
-    "delivery": ("Delivery of {p} takes {n} days.", (
-        "How long is the delivery of {p}?", "When is the delivery of my {p}?", "How fast is delivery of {p}?")),
-    "return": ("Returns of {p} are accepted for {n} days.", (
-        "Until when are returns of {p} accepted?", "How long are returns of {p} possible?", "Are returns of {p} accepted?")),
-    "repair": ("Repairs of {p} cost {n} dollars.", (
-        "How much do repairs of {p} cost?", "What do repairs of {p} cost?", "What is the price of repairs of {p}?")),
-    "restocking": ("The restocking fee for {p} is {n} percent.", (
-        "What is the restocking fee for {p}?", "How high is the restocking fee for {p}?", "Is there a restocking fee for {p}?")),
-    "discount": ("Members get a discount of {n} percent on {p}.", (
-        "What discount do members get on {p}?", "How high is the discount on {p}?", "Is there a discount on {p}?")),
-    "limit": ("The limit for {p} is {n} in one order.", (
-        "What is the limit for {p}?", "How many {p} are the limit?", "Is there a limit for {p}?")),
-    "shipping": ("Shipping of {p} costs {n} dollars.", (
-        "How much is shipping of {p}?", "What does shipping of {p} cost?", "What is the price of shipping {p}?")),
-    "installation": ("Installation of {p} costs {n} dollars.", (
-        "How much is installation of {p}?", "What does installation of {p} cost?", "Is installation of {p} free?")),
-    "exchange": ("Exchanges of {p} are possible for {n} weeks.", (
-        "How long are exchanges of {p} possible?", "Until when can I ask for exchanges of {p}?", "Are exchanges of {p} possible?")),
-    "support": ("Support for {p} answers within {n} hours.", (
-        "How fast is support for {p}?", "When does support for {p} answer?", "How long do I wait for support for {p}?")),
-    "insurance": ("Insurance for {p} costs {n} dollars.", (
-        "How much is insurance for {p}?", "What does insurance for {p} cost?", "Can I get insurance for {p}?")),
-    "trial": ("The trial of {p} lasts {n} days.", (
-        "How long is the trial of {p}?", "When does the trial of {p} end?", "Is there a trial of {p}?")),
-}  # fmt: skip
-TOPICS = tuple(POLICIES)
-
-# account field -> (question phrasings, answer sentence)
-ACCOUNT_FIELDS: dict[str, tuple[tuple[str, ...], str]] = {
-    "plan": (("What plan is account {a} on?", "Which plan does account {a} have?", "Tell me the plan of account {a}."),
-             "Account {a} is on the {v} plan."),
-    "status": (("What is the status of account {a}?", "Is account {a} active?", "Tell me the status of account {a}."),
-               "Account {a} is {v}."),
-    "balance": (("What is the balance of account {a}?", "How much does account {a} owe?", "Tell me the balance of account {a}."),
-                "Account {a} owes {v} dollars."),
-    "orders": (("How many orders does account {a} have?", "How many orders are open for account {a}?", "Tell me the orders of account {a}."),
-               "Account {a} has {v} open orders."),
-}  # fmt: skip
-TICKET_REQUESTS = (
-    "Please open a {t} ticket for account {a}.", "I need a {t} ticket, my account is {a}.",
-    "Create a ticket about {t} for account {a}.", "Account {a} needs a {t} ticket.",
-    "My {p} on account {a} need a {t} ticket.", "Open a ticket for account {a} about {t} of {p}.",
-)  # fmt: skip
-OPENINGS = ("", "", "", "Hello. ", "Hi, ", "Good morning. ", "Please help. ", "A question: ")
-ASIDES = ("My account is {a}. ", "I am on account {a}. ", "This is account {a}. ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +130,8 @@ def _numbers(rng: random.Random, split: Split, count: int) -> list[str]:
 
 def _subjects(split: Split) -> list[tuple[str, str]]:
     wanted = split == "held_out"
-    return [(topic, product) for topic in TOPICS for product in PRODUCTS if subject_is_held_out(topic, product) == wanted]
+    pairs = [(topic, product) for topic in TOPICS for product in PRODUCTS]
+    return [pair for pair in pairs if subject_is_held_out(*pair) == wanted]
 
 
 SUBJECTS: dict[Split, tuple[tuple[str, str], ...]] = {
@@ -198,7 +151,7 @@ def _account(rng: random.Random, number: str, tenant: str) -> Account:
 
 
 def corpus(seed: int, *, per_tenant: int = 40) -> tuple[Article, ...]:
-    """Return held-out articles of both tenants, at most one a subject and tenant; tenants share subjects, not values."""
+    """Return held-out articles of both tenants, one a subject and tenant; tenants share subjects, not values."""
     rng = random.Random(f"corpus {seed}")
     identities = _numbers(rng, "held_out", per_tenant * len(TENANTS))
     articles: list[Article] = []
