@@ -1,0 +1,216 @@
+"""What ran, and which recording does a short id mean?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from replay.errors import UnknownRecording
+
+if TYPE_CHECKING:
+    from traces.envelope import TraceEvent
+    from traces.ledger.ledger import Ledger
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """One run of any kind.
+
+    kind        live, replay or preparation
+    started_us  UTC epoch microseconds
+    ended_us    None while it runs, or when it died
+    requests    requests that were accepted
+    outcomes    terminal status to how often
+    verdicts    of a replay: verdict to how often
+    parent      of a replay: the run whose requests were run again
+    """
+
+    run_id: str
+    kind: str
+    started_us: int
+    ended_us: int | None = None
+    requests: int = 0
+    outcomes: Mapping[str, int] = field(default_factory=dict[str, int])
+    verdicts: Mapping[str, int] = field(default_factory=dict[str, int])
+    parent: str | None = None
+    mode: str | None = None
+    workload: str | None = None
+
+    def to_document(self) -> dict[str, Any]:
+        """Return the JSON form that `replay list --json` prints."""
+        return {
+            "run": self.run_id,
+            "kind": self.kind,
+            "started_us": self.started_us,
+            "ended_us": self.ended_us,
+            "requests": self.requests,
+            "outcomes": dict(self.outcomes),
+            "verdicts": dict(self.verdicts),
+            "parent": self.parent,
+            "mode": self.mode,
+            "workload": self.workload,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestSummary:
+    """One request of one run; status None when it never ended."""
+
+    run_id: str
+    request_ref: str
+    accepted_us: int
+    status: str | None = None
+    failure_class: str | None = None
+    duration_us: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    route: str | None = None
+    verdict: str | None = None
+
+    def to_document(self) -> dict[str, Any]:
+        """Return the JSON form that `replay list RUN --json` prints."""
+        return {
+            "run": self.run_id,
+            "request": self.request_ref,
+            "accepted_us": self.accepted_us,
+            "status": self.status,
+            "failure_class": self.failure_class,
+            "duration_us": self.duration_us,
+            "input_tokens": self.input_tokens,
+            "output_tokens": self.output_tokens,
+            "route": self.route,
+            "verdict": self.verdict,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What an id on the command line stands for: a whole run, or one request of a run."""
+
+    run_id: str
+    request_ref: str | None = None
+
+
+def list_runs(ledger: Ledger) -> list[RunSummary]:
+    """Return every run in the ledger, newest first."""
+    accepted = _by_run(ledger.events(event_type="request.accepted"))
+    terminal = _by_run(ledger.events(event_type="request.terminal"))
+    verdicts = _by_run(ledger.events(event_type="replay.verdict"))
+    completed = _by_run(ledger.events(event_type="run.completed"))
+    runs: list[RunSummary] = []
+    for event in ledger.events(event_type="run.started"):
+        run_id = event.run_id
+        ends = completed.get(run_id, [])
+        runs.append(
+            RunSummary(
+                run_id=run_id,
+                kind=kind_of(event),
+                started_us=event.ts_us,
+                ended_us=ends[-1].ts_us if ends else None,
+                requests=len(accepted.get(run_id, [])),
+                outcomes=Counter(str(end.status or "unknown") for end in terminal.get(run_id, [])),
+                verdicts=Counter(str(one.payload.get("verdict")) for one in verdicts.get(run_id, [])),
+                parent=event.payload.get("parent_run"),
+                mode=event.payload.get("mode"),
+                workload=event.payload.get("workload"),
+            )
+        )
+    return sorted(runs, key=lambda run: run.started_us, reverse=True)
+
+
+def list_requests(ledger: Ledger, run_id: str) -> list[RequestSummary]:
+    """Return the requests of a run in order of arrival."""
+    ends = {event.request_ref: event for event in ledger.events(run_id=run_id, event_type="request.terminal")}
+    verdicts = {event.request_ref: event for event in ledger.events(run_id=run_id, event_type="replay.verdict")}
+    found: list[RequestSummary] = []
+    for event in ledger.events(run_id=run_id, event_type="request.accepted"):
+        if event.request_ref is None:
+            continue
+        end, verdict = ends.get(event.request_ref), verdicts.get(event.request_ref)
+        found.append(
+            RequestSummary(
+                run_id=run_id,
+                request_ref=event.request_ref,
+                accepted_us=event.ts_us,
+                status=end.status if end else None,
+                failure_class=end.failure_class.value if end and end.failure_class else None,
+                duration_us=(end.duration_us if end.duration_us is not None else end.ts_us - event.ts_us)
+                if end
+                else None,
+                input_tokens=end.input_tokens if end else None,
+                output_tokens=end.output_tokens if end else None,
+                route=end.model_route if end else None,
+                verdict=verdict.payload.get("verdict") if verdict else None,
+            )
+        )
+    return sorted(found, key=lambda request: request.accepted_us)
+
+
+def last_incident(ledger: Ledger) -> Target | None:
+    """Return the newest request that did not end well or whose replay diverged; None when all is well."""
+    bad = [event for event in ledger.events(event_type="request.terminal") if event.status != "ok"]
+    bad += [event for event in ledger.events(event_type="replay.verdict") if event.payload.get("verdict") == "diverged"]
+    newest = max((event for event in bad if event.request_ref), key=lambda event: event.ts_us, default=None)
+    return None if newest is None else Target(run_id=newest.run_id, request_ref=newest.request_ref)
+
+
+def resolve(ledger: Ledger, text: str) -> Target:
+    """Return what a whole id or its beginning means; a request's id means its live run, not a replay of it.
+
+    `RUN/REQUEST` names a request of one particular run, such as a replay.
+    """
+    run_text, slash, request_text = text.partition("/")
+    runs = {event.run_id: event for event in ledger.events(event_type="run.started")}
+    if slash:
+        run_id = _one(run_text, runs, what="run")
+        inside = [event.request_ref for event in ledger.events(run_id=run_id, event_type="request.accepted")]
+        return Target(run_id=run_id, request_ref=_one(request_text, filter(None, inside), what="request of this run"))
+    homes: dict[str, str] = {}
+    for event in ledger.events(event_type="request.accepted"):
+        if event.request_ref is None:
+            continue
+        replayed = event.run_id in runs and kind_of(runs[event.run_id]) == "replay"
+        if not replayed or event.request_ref not in homes:
+            homes[event.request_ref] = event.run_id
+    found = _one(text, [*runs, *homes], what="run or request")
+    if found in homes:
+        return Target(run_id=homes[found], request_ref=found)
+    return Target(run_id=found)
+
+
+def kind_of(started: TraceEvent) -> str:
+    """Return live, replay or preparation from a run's first event."""
+    if started.payload.get("parent_run"):
+        return "replay"
+    return str(started.payload.get("kind") or ("preparation" if started.track == "A" else "live"))
+
+
+def short(identity: str, length: int = 16) -> str:
+    """Return the beginning of an id as shown in tables: the time part of a UUIDv7 and some of its randomness."""
+    prefix, _, rest = identity.partition("_")
+    return f"{prefix}_{rest[:length]}" if rest else identity[:length]
+
+
+def _one(text: str, known: Iterable[str], *, what: str) -> str:
+    """Return the one known id that equals or begins with `text`; UnknownRecording when none or several do."""
+    candidates = sorted(set(known))
+    if text in candidates:
+        return text
+    begins = [name for name in candidates if text and name.startswith(text)]
+    begins = begins or [name for name in candidates if text and name.partition("_")[2].startswith(text)]
+    if len(begins) == 1:
+        return begins[0]
+    if not begins:
+        raise UnknownRecording(f"no {what} has an id that begins with {text!r}", fix="List what there is: replay list")
+    shown = ", ".join(begins[:4]) + (", ..." if len(begins) > 4 else "")
+    raise UnknownRecording(f"{text!r} means {len(begins)} recordings: {shown}", fix="Give more of the id.")
+
+
+def _by_run(events: Iterable[TraceEvent]) -> dict[str, list[TraceEvent]]:
+    """Group events by their run, order kept."""
+    grouped: dict[str, list[TraceEvent]] = {}
+    for event in events:
+        grouped.setdefault(event.run_id, []).append(event)
+    return grouped
