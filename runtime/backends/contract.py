@@ -112,7 +112,14 @@ def _refuse(name: str, rule: str, expected: object, actual: object) -> InputRefu
     return InputRefused(
         f"step input {name}: {rule} is {actual}, expected {expected}",
         fix="keep calls inside the package's contract (`replaylab packages show DIGEST`)",
-        evidence={"input": name, "rule": rule, "expected": str(expected), "actual": str(actual)},
+        evidence={
+            "input_signature": f"{name}: {rule} {actual}",
+            "guard": f"{name}: {rule} {expected}",
+            "input": name,
+            "rule": rule,
+            "expected": str(expected),
+            "actual": str(actual),
+        },
     )
 
 

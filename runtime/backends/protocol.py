@@ -75,6 +75,8 @@ class BuildOptions:
     flags: Mapping[str, str] = field(default_factory=dict[str, str])
     """Backend settings by name (for example inductor's `freezing`); unknown names are refused."""
     bounds: Bounds = field(default_factory=Bounds)
+    providers: tuple[str, ...] = ()
+    """Execution providers in order of preference; empty is the backend's own choice, written out in the manifest."""
     threads: int = 1
     """Compute threads while building; part of the identity of compiled code."""
     deadline_seconds: int = 600
@@ -90,6 +92,8 @@ class LoadSpec:
     precision: str = "float32"
     flags: Mapping[str, str] = field(default_factory=dict[str, str])
     """The compiler manifest's flags; `norm` is among them."""
+    providers: tuple[str, ...] = ()
+    """Requested execution providers, in order."""
     threads: int = 1
 
 

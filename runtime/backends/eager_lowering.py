@@ -1,0 +1,99 @@
+"""How is a model prepared for eager torch?  Nothing is rewritten: the package holds weights, the code is the decoder."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from manifests.canonical import digest
+from runtime.backends import program as programs
+from runtime.backends.contract import InputContract
+from runtime.backends.eager import WEIGHTS, EagerExecutor
+from runtime.backends.fixture import compare_with_reference
+from runtime.backends.lowering import ExportedLowering, target, unknown
+from runtime.backends.protocol import Boundary
+from runtime.models import decoder as decoder_module
+
+
+def source_digest() -> str:
+    """Name the decoder's source: in eager mode it is the executable code, so it belongs to the compiler's identity."""
+    return digest(inspect.getsource(decoder_module).encode())
+
+
+class EagerLowering(ExportedLowering):
+    """Stages 4 to 6 for eager torch."""
+
+    backend = "eager"
+
+    def optimize(self) -> Boundary:
+        """Stage 4: no rewriting; the numerical validation shows what the precision alone costs."""
+        program = self.program
+        nodes = {"nodes": len(program.exported.graph.nodes)}
+        executor = EagerExecutor(
+            program.decoder,
+            precision=self.options.precision,
+            contract=InputContract.of(program.decoder.config, self.options.bounds),
+            threads=self.options.threads,
+        )
+        comparison = compare_with_reference(executor, self.model_folder)
+        record = {
+            "pass_list": [],
+            "graph_before": nodes,
+            "graph_after": nodes,
+            "numerical_validation": comparison.document(),
+            "estimated_memory_bytes": {"weights": sum(t.nbytes for t in program.decoder.state_dict().values())},
+            "optimization_us": 0,
+        }
+        return Boundary({"graph": digest(str(program.exported.graph).encode()), "passes": []}, record)
+
+    def partition(self) -> Boundary:
+        """Stage 5: one owner for everything."""
+        operators = programs.histogram(self.program.exported)
+        count = sum(operators.values())
+        record = {
+            "partition_map": {"aten-cpu": {"nodes": count, "operators": operators}},
+            "fallback_node_count": 0,
+            "transfer_edges": [],
+            "provider_versions": {"aten-cpu": self.versions["torch"]},
+            "estimated_copy_bytes": 0,
+        }
+        return Boundary({"partition": {"aten-cpu": count}}, record)
+
+    def lower(self) -> Boundary:
+        """Stage 6: select prebuilt kernels; write the weights."""
+        start = time.perf_counter_ns()
+        path = self.work / WEIGHTS
+        save_file(self.program.decoder.state_dict(), path, metadata={"format": "pt"})
+        spent = (time.perf_counter_ns() - start) // 1000
+        weights = "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+        record = {
+            "target": target(),
+            "compiler_flags": unknown("no compiler runs; torch selects prebuilt kernels at every call"),
+            "code_size_bytes": unknown("the code is the Python decoder and libtorch's prebuilt kernels"),
+            "tuning_record": unknown("eager torch does not tune"),
+            "kernel_inventory": {
+                "operators": programs.histogram(self.program.exported),
+                "linear": "mkl sgemm" if self.options.precision == "float32" else "onednn",
+                "decoder_source": source_digest(),
+                "mkldnn": str(torch.backends.mkldnn.is_available()).lower(),
+            },
+            "build_us": spent,
+        }
+        return Boundary({"weights": weights, "source": source_digest()}, record, {"build_us": spent})
+
+    def files(self) -> Mapping[str, Path]:
+        """Weights in safetensors."""
+        return {WEIGHTS: self.work / WEIGHTS}
+
+    def compiler(self) -> Mapping[str, Any]:
+        """The decoder's source is a flag of its own: another source is another compiler."""
+        base = self.base_compiler()
+        base["flags"] = {**base["flags"], "decoder_source": source_digest()}
+        return {**base, "backend_version": self.versions["torch"], "optimization_level": "none"}

@@ -1,0 +1,257 @@
+"""How is a model prepared for ONNX Runtime?  Exported program to ONNX, checked, optimized once, assigned, profiled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+
+from runtime.backends import onnx_graph
+from runtime.backends import program as programs
+from runtime.backends.contract import InputContract
+from runtime.backends.errors import BackendRefused, BuildFailed
+from runtime.backends.fixture import compare_with_reference, run_fixture
+from runtime.backends.lowering import ExportedLowering, target, unknown
+from runtime.backends.onnxruntime import MODEL, PROVIDERS, SETTINGS, OrtExecutor, open_session, session_options
+from runtime.backends.protocol import Boundary, LoadSpec
+
+FLAGS = {"disable_prepacking": "session.disable_prepacking"}
+"""Flags that a caller may set, and the session setting behind each."""
+DEFAULT_LEVEL = "extended"
+"""The highest level whose result does not depend on this machine's layout preferences."""
+
+
+class OrtLowering(ExportedLowering):
+    """Stages 1 to 6 for ONNX Runtime."""
+
+    backend = "onnxruntime"
+    _model: onnx.ModelProto
+    _optimized: Path
+    _passes: tuple[str, ...] = ()
+
+    @property
+    def level(self) -> str:
+        """The graph optimization level in ONNX Runtime's words."""
+        return DEFAULT_LEVEL if self.options.optimization == "default" else self.options.optimization
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """Requested execution providers."""
+        return self.options.providers or PROVIDERS
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Session settings that are pins of the package."""
+        return {**SETTINGS, **{FLAGS[name]: value for name, value in self.options.flags.items()}}
+
+    def capture(self) -> Boundary:
+        """Stage 1: the exported program, then its ONNX form with the bounds as metadata."""
+        base = super().capture()
+        inputs = programs.example_inputs(self.program.checkpoint.config, self.options.precision)
+        start = time.perf_counter_ns()
+        try:
+            with torch.no_grad(), programs.quiet_exporters() as noted:
+                exported = torch.onnx.export(
+                    self.program.exported, inputs, dynamo=True, verbose=False, output_names=list(programs.OUTPUTS)
+                )
+        except Exception as error:  # ConversionError and its causes share no base
+            text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+            raise BuildFailed(
+                f"the ONNX exporter refused the program: {text[0][:300] if text else type(error).__name__}",
+                fix="the message names the operator that ONNX lacks; use another backend for this model",
+                evidence={"operator_details": " ".join(text)[:1000], "exception": type(error).__name__},
+                stage="a01",
+            ) from error
+        self._model = onnx_graph.prepare_model(exported, self.program.exported, source=self.program.digest)
+        data = self._model.SerializeToString(deterministic=True)
+        name = "sha256:" + hashlib.sha256(data).hexdigest()
+        opsets = ", ".join(f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in self._model.opset_import)
+        record = {
+            **base.record,
+            "exporter_version": f"torch.onnx (dynamo) {torch.__version__}, onnxscript {self.versions['onnxscript']}",
+            "opset_or_dialect": f"{opsets}, IR {self._model.ir_version}",
+            "warnings": sorted({*base.record["warnings"], *noted}),
+            "artifact_digest": name,
+        }
+        spent = (time.perf_counter_ns() - start) // 1000
+        return Boundary({**base.emitted, "onnx": name}, record, {**base.timings, "onnx_export_us": spent})
+
+    def represent(self) -> Boundary:
+        """Stage 2: the strict ONNX checker and shape inference, and what the graph holds."""
+        base = super().represent()
+        onnx_graph.check_model(self._model)
+        graph = self._model.graph
+        operators = dict(sorted(Counter(node.op_type for node in graph.node).items()))
+        record = {
+            **base.record,
+            "ir_version": f"onnx IR {self._model.ir_version}",
+            "node_count": {**base.record["node_count"], "onnx": len(graph.node)},
+            "control_flow_inventory": [name for name in operators if name in ("If", "Loop", "Scan")],
+            "validation_result": {
+                "validator": "onnx.checker (full), strict shape inference, ExportedProgram.validate",
+                "valid": True,
+            },
+            "model_signature": onnx_graph.signature(self._model),
+        }
+        return Boundary({**base.emitted, "onnx_operators": operators}, record)
+
+    def analyze(self) -> Boundary:
+        """Stage 3: the program's constraints, and that ONNX kept the same dimensions."""
+        base = super().analyze()
+        onnx_graph.check_dimensions(self._model, self.options.bounds, stage="a03")
+        record = {**base.record, "dynamic_dimensions": onnx_graph.dimensions(self._model)}
+        return Boundary({**base.emitted, "onnx_dimensions": onnx_graph.dimensions(self._model)}, record)
+
+    def optimize(self) -> Boundary:
+        """Stage 4: let ONNX Runtime rewrite the graph once, keep the result, and compare it with eager."""
+        source, self._optimized = self.work / "captured.onnx", self.work / MODEL
+        source.write_bytes(self._model.SerializeToString(deterministic=True))
+        start = time.perf_counter_ns()
+        self._passes, changed = self._rewrite(source)
+        spent = (time.perf_counter_ns() - start) // 1000
+        after = onnx.load(str(self._optimized))
+        onnx_graph.check_dimensions(after, self.options.bounds, stage="a04")
+        comparison = compare_with_reference(self._executor(), self.model_folder)
+        if not comparison.within:
+            raise BackendRefused(
+                f"the optimized graph differs from eager by {comparison.max_abs:.2e}",
+                fix="lower the optimization level",
+                evidence={"validation_output": json.dumps(comparison.document())},
+                stage="a04",
+            )
+        record = {
+            "pass_list": [{"name": name, "changed": name in changed} for name in self._passes],
+            "graph_before": {"nodes": len(self._model.graph.node)},
+            "graph_after": {
+                "nodes": len(after.graph.node),
+                "operators": dict(sorted(Counter(node.op_type for node in after.graph.node).items())),
+            },
+            "numerical_validation": comparison.document(),
+            "estimated_memory_bytes": {"weights": onnx_graph.initializer_bytes(after)},
+            "optimization_us": spent,
+        }
+        emitted = {"graph": _file_digest(self._optimized), "passes": list(self._passes), "level": self.level}
+        return Boundary(emitted, record, {"optimization_us": spent})
+
+    def partition(self) -> Boundary:
+        """Stage 5: which provider owns which node of the optimized graph."""
+        options = session_options(
+            threads=self.options.threads,
+            settings={**self.settings, "session.record_ep_graph_assignment_info": "1"},
+        )
+        session = open_session(self._optimized, options, self.providers)
+        owners: dict[str, str] = {}
+        counts: Counter[str] = Counter()
+        for group in session.get_provider_graph_assignment_info():
+            for node in group.get_nodes():
+                owners[node.name] = group.ep_name
+                counts[group.ep_name] += 1
+        edges = onnx_graph.crossing_edges(onnx.load(str(self._optimized)), owners)
+        fallback = sum(count for name, count in counts.items() if name != self.providers[0])
+        record = {
+            "partition_map": {name: {"nodes": count} for name, count in sorted(counts.items())},
+            "fallback_node_count": fallback,
+            "transfer_edges": edges,
+            "provider_versions": {name: _provider_version(name) for name in self.providers},
+            "estimated_copy_bytes": 0 if not edges else unknown("sizes of crossing tensors are symbolic"),
+        }
+        return Boundary({"partition": dict(sorted(counts.items())), "providers": list(self.providers)}, record)
+
+    def lower(self) -> Boundary:
+        """Stage 6: ONNX Runtime selects prebuilt kernels; a profiled run lists them."""
+        start = time.perf_counter_ns()
+        kernels = self._profile()
+        spent = (time.perf_counter_ns() - start) // 1000
+        record = {
+            "target": target(),
+            "compiler_flags": {"build": str(onnxruntime.get_build_info()), **self.settings},
+            "code_size_bytes": unknown("ONNX Runtime runs prebuilt kernels; no code is generated"),
+            "tuning_record": unknown("the CPU provider does not tune"),
+            "kernel_inventory": kernels,
+            "build_us": spent,
+        }
+        return Boundary({"model": _file_digest(self._optimized), "kernels": kernels}, record, {"build_us": spent})
+
+    def files(self) -> Mapping[str, Path]:
+        """The optimized model, weights inside."""
+        return {MODEL: self._optimized}
+
+    def compiler(self) -> Mapping[str, Any]:
+        """Session settings are flags: one of them alone can change how kernels depend on the batch."""
+        base = self.base_compiler()
+        flags = {name: value for name, value in base["flags"].items() if name not in FLAGS}
+        return {
+            **base,
+            "backend_version": self.versions["onnxruntime"],
+            "exporter": "torch.onnx (dynamo)",
+            "optimization_level": self.level,
+            "passes": self._passes,
+            "flags": {**flags, **self.settings},
+            "execution_providers": self.providers,
+        }
+
+    def _rewrite(self, source: Path) -> tuple[tuple[str, ...], set[str]]:
+        lines: list[str] = []
+
+        def keep(*parts: object) -> None:
+            lines.append(str(parts[-1]))
+
+        options = session_options(threads=self.options.threads, settings=self.settings, level=self.level)
+        options.optimized_model_filepath = str(self._optimized)
+        options.log_severity_level = 0  # the transformers report at this level only
+        onnxruntime.set_default_logger_callback(keep)
+        try:
+            open_session(source, options, self.providers)
+        finally:
+            onnxruntime.set_default_logger_callback(None)
+        found = [re.match(r"GraphTransformer (\S+) modified: (\d)", line) for line in lines]
+        passes = tuple(match.group(1) for match in found if match)
+        return passes, {match.group(1) for match in found if match and match.group(2) == "1"}
+
+    def _executor(self, **changes: Any) -> OrtExecutor:
+        config = self.program.checkpoint.config
+        spec = LoadSpec(
+            config=config,
+            contract=InputContract.of(config, self.options.bounds),
+            precision=self.options.precision,
+            threads=self.options.threads,
+            providers=self.providers,
+        )
+        options = session_options(threads=spec.threads, settings=self.settings)
+        for name, value in changes.items():
+            setattr(options, name, value)
+        return OrtExecutor(open_session(self._optimized, options, self.providers), spec)
+
+    def _profile(self) -> dict[str, dict[str, int]]:
+        prefix = self.work / "profile"
+        executor = self._executor(enable_profiling=True, profile_file_prefix=str(prefix))
+        run_fixture(executor)
+        path = Path(executor.end_profiling())
+        events = [event["args"] for event in json.loads(path.read_text()) if event["name"].endswith("_kernel_time")]
+        path.unlink()
+        nodes = {(entry["provider"], entry["op_name"], entry["node_index"]) for entry in events}
+        kernels: dict[str, dict[str, int]] = {}
+        for provider, operator, _ in sorted(nodes):
+            owned = kernels.setdefault(provider, {})
+            owned[operator] = owned.get(operator, 0) + 1
+        return kernels
+
+
+def _provider_version(name: str) -> str | dict[str, str]:
+    for device in onnxruntime.get_ep_devices():
+        if device.ep_name == name:
+            return str(dict(device.ep_metadata).get("version", onnxruntime.__version__))
+    return unknown("the provider registers no device")
+
+
+def _file_digest(path: Path) -> str:
+    return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()

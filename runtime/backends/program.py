@@ -1,0 +1,225 @@
+"""What is the exported program, and what does it say of itself?  One `torch.export` program for every backend."""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from manifests.canonical import digest
+from runtime.backends.contract import Bounds, InputContract
+from runtime.backends.eager import hold_threads
+from runtime.backends.errors import BackendRefused, BuildFailed, InputRefused
+from runtime.backends.protocol import BuildOptions
+from runtime.models.config import ModelConfig
+from runtime.models.decoder import PRECISIONS, Decoder, NormKind
+from runtime.models.loader import Checkpoint, build_decoder, load_checkpoint
+
+INPUTS = ("token_ids", "positions", "k_pool", "v_pool", "slots", "context_lengths")
+OUTPUTS = ("logits", "new_k", "new_v")
+EXAMPLE = (3, 5, 17, 29)
+"""Batch, tokens, context and pool slots to trace with: never 0 or 1, and no two alike, else export ties them."""
+POOL_SLOTS = (2, 1 << 24)
+"""Range of the pool's slots a layer; any size works, so it is a symbol and no pin of the package."""
+
+
+@dataclass(frozen=True)
+class StepProgram:
+    """A checkpoint as decoder module and as exported program."""
+
+    checkpoint: Checkpoint
+    decoder: Decoder
+    exported: ExportedProgram
+    serialized: bytes
+    """What `torch.export.save` wrote; byte-stable over processes."""
+    warnings: tuple[str, ...]
+    trace_us: int
+
+    @property
+    def digest(self) -> str:
+        """Name the program by its serialized bytes."""
+        return digest(self.serialized)
+
+
+def example_inputs(config: ModelConfig, precision: str) -> tuple[Tensor, ...]:
+    """Make the six inputs that the program is traced with; only their shapes matter."""
+    batch, tokens, context, slots = EXAMPLE
+    dtype = PRECISIONS[precision]
+    table = torch.arange(config.num_layers * slots * config.kv_width, dtype=torch.float32).remainder(7.0).sub(3.0)
+    pool = (table / 4).reshape(config.num_layers * slots, config.kv_width).to(dtype)
+    ids = torch.arange(batch * tokens).remainder(config.vocab_size).reshape(batch, tokens)
+    positions = (torch.arange(tokens)[None] + context).expand(batch, tokens).contiguous()
+    gathered = torch.arange(batch * context).remainder(slots).reshape(batch, context)
+    return ids, positions, pool, pool.flip(0).contiguous(), gathered, torch.full((batch,), context)
+
+
+def dynamic_shapes(config: ModelConfig, bounds: Bounds) -> tuple[dict[int, Any], ...]:
+    """Declare the symbols B, T, S and P of the six inputs."""
+    batch = Dim("B", min=1, max=bounds.max_batch)
+    tokens = Dim("T", min=1, max=bounds.max_tokens)
+    context = Dim("S", min=1, max=bounds.max_context)
+    rows = config.num_layers * Dim("P", min=POOL_SLOTS[0], max=POOL_SLOTS[1])
+    return {0: batch, 1: tokens}, {0: batch, 1: tokens}, {0: rows}, {0: rows}, {0: batch, 1: context}, {0: batch}
+
+
+@contextmanager
+def quiet_exporters() -> Iterator[list[str]]:
+    """Collect Python warnings as text and hold back the exporters' log lines about absent optional libraries."""
+    collected: list[str] = []
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield collected
+        texts = {f"{item.category.__name__}: {str(item.message).splitlines()[0][:200]}" for item in caught}
+        collected.extend(sorted(texts))
+    finally:
+        logger.setLevel(before)
+
+
+def capture_program(model_folder: Path, options: BuildOptions) -> StepProgram:
+    """Load a checkpoint, export its functional step, and check that capturing lost no behaviour.
+
+    Errors: `ModelRefused` from the loader; `BuildFailed` where export fails; `BackendRefused` where the module has a
+    hidden side effect or the program computes something else than the module.
+    """
+    hold_threads(options.threads)
+    checkpoint = load_checkpoint(model_folder)
+    decoder = build_decoder(checkpoint, options.precision, norm=cast(NormKind, options.norm))
+    inputs = example_inputs(checkpoint.config, options.precision)
+    start = time.perf_counter_ns()
+    try:
+        with torch.no_grad(), quiet_exporters() as noted:
+            exported = torch.export.export(
+                decoder, inputs, dynamic_shapes=dynamic_shapes(checkpoint.config, options.bounds)
+            )
+            held = io.BytesIO()
+            torch.export.save(exported, held)
+    except Exception as error:  # torch.export has no common error class
+        raise BuildFailed(
+            f"torch.export refused the model: {_first_line(error)}",
+            fix="the message names the operator or the dimension that cannot be captured",
+            evidence={"operator_details": _first_line(error), "exception": type(error).__name__},
+            stage="a01",
+        ) from error
+    spent = (time.perf_counter_ns() - start) // 1000
+    check_capture(decoder, exported, inputs)
+    return StepProgram(checkpoint, decoder, exported, held.getvalue(), tuple(noted), spent)
+
+
+def check_capture(decoder: torch.nn.Module, exported: ExportedProgram, inputs: tuple[Tensor, ...]) -> None:
+    """Run module, module and program: state or randomness of the module's own would show as a difference."""
+    with torch.no_grad():
+        first, again = decoder(*inputs), decoder(*inputs)
+        captured = exported.module()(*inputs)
+    for index, name in enumerate(OUTPUTS):
+        if not torch.equal(first[index], again[index]):
+            raise BackendRefused(
+                f"the model answers {name} differently each time: it has state or randomness that capture would drop",
+                fix="make forward a pure function of its inputs",
+                evidence={"operator_details": "hidden side effect", "output": name},
+                stage="a01",
+            )
+        if not torch.allclose(first[index].float(), captured[index].float(), rtol=0.0, atol=1e-3):
+            raise BackendRefused(
+                f"the captured program computes another {name} than the model",
+                fix="look for Python state read during forward",
+                evidence={"operator_details": "captured program differs", "output": name},
+                stage="a01",
+            )
+
+
+def histogram(exported: ExportedProgram) -> dict[str, int]:
+    """Count the program's operators by name."""
+    nodes = exported.graph.nodes
+    return dict(sorted(Counter(str(node.target) for node in nodes if node.op == "call_function").items()))
+
+
+def control_flow(exported: ExportedProgram) -> list[str]:
+    """Name higher-order operators (branches, loops) and nested graphs."""
+    higher = [
+        str(node.target)
+        for node in exported.graph.nodes
+        if isinstance(node.target, torch._ops.HigherOrderOperator)  # pyright: ignore[reportPrivateUsage]
+    ]
+    return sorted({*higher, *(name for name, _ in exported.graph_module.named_children())})
+
+
+def symbol_names(exported: ExportedProgram) -> dict[str, str]:
+    """Map the exporter's symbol names to B, T and S (and `layers*P` for pool rows), by the inputs they come from."""
+    placeholders = _placeholders(exported)
+    sizes = {
+        "B": placeholders["token_ids"].shape[0],
+        "T": placeholders["token_ids"].shape[1],
+        "S": placeholders["slots"].shape[1],
+    }
+    return {str(size): name for name, size in sizes.items()}
+
+
+def signature(exported: ExportedProgram) -> dict[str, dict[str, Any]]:
+    """Describe every user input: dtype, symbolic shape and stride, with symbols named B, T, S and P."""
+    described: dict[str, dict[str, Any]] = {}
+    names = symbol_names(exported)
+    for name, value in _placeholders(exported).items():
+        shape = [names.get(str(size), str(size)) for size in value.shape]
+        if name.endswith("_pool"):
+            shape[0] = "layers*P"
+        described[name] = {
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "shape": shape,
+            "contiguous": bool(value.is_contiguous()),
+        }
+    return described
+
+
+def ranges(exported: ExportedProgram) -> dict[str, list[int]]:
+    """Read back the range of each symbol B, T and S from the program's own constraints."""
+    names = symbol_names(exported)
+    found: dict[str, list[int]] = {}
+    for symbol, interval in exported.range_constraints.items():
+        if str(symbol) in names:
+            found[names[str(symbol)]] = [int(interval.lower), int(interval.upper)]
+    return found
+
+
+def check_conserved(found: dict[str, list[int]], bounds: Bounds, *, stage: str, where: str) -> None:
+    """Refuse a program whose dynamic dimensions or bounds are not the declared ones: a silent specialization."""
+    declared = bounds.symbols()
+    if found != declared:
+        raise InputRefused(
+            f"{where} holds the dimensions {found}, declared were {declared}: a stage specialized the program silently",
+            fix="declare the bounds that the backend keeps, or choose another backend",
+            evidence={"input_signature": str(found), "guard": str(declared), "compile_event": where},
+            stage=stage,
+        )
+
+
+def contract_of(program: StepProgram, options: BuildOptions) -> InputContract:
+    """Derive the input contract that the package will carry."""
+    return InputContract.of(program.checkpoint.config, options.bounds)
+
+
+def _placeholders(exported: ExportedProgram) -> dict[str, Tensor]:
+    wanted = set(exported.graph_signature.user_inputs)
+    found = {
+        node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in wanted
+    }
+    return {name: found[name] for name in INPUTS}
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0][:500] if lines else type(error).__name__
