@@ -83,3 +83,60 @@ class TokenRow:
     logits_digest: str | None
     step: int | None
     emitted_us: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRow:
+    """One run in the list of runs."""
+
+    run_id: str
+    kind: str
+    """``live``, ``replay`` or ``preparation``."""
+    name: str
+    """What was run, in words."""
+    started_us: int
+    """UTC epoch."""
+    duration_us: int | None
+    """None while no end is recorded."""
+    requests: int
+    failed: int
+    p50_us: float | None = None
+    """Median end-to-end time of its requests."""
+    p95_us: float | None = None
+    parent_run: str | None = None
+    mode: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestRow:
+    """One request in the list of a run."""
+
+    run_id: str
+    request_ref: str
+    accepted_us: int
+    """UTC epoch."""
+    status: str
+    tenant_ref: str | None = None
+    route: str | None = None
+    failure_class: str | None = None
+    total_us: int | None = None
+    first_token_us: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    manifest_digest: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerdictRow:
+    """What one replay said about one request."""
+
+    run_id: str
+    """The replay's own run."""
+    request_ref: str
+    verdict: str
+    mode: str | None = None
+    layer: str | None = None
+    stage: str | None = None
+    token_index: int | None = None
+    detail: str = ""
+    at_us: int = 0
