@@ -1,0 +1,98 @@
+"""How does a planned call reach the executor?  Slot tables, input arrays, the call, and its keys and values put away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from manifests.scheduling import SchedulingManifest
+from runtime.backends.protocol import Executor, Floats
+from runtime.engine.inputs import CallInputs, Integers, InputBuffers, SlotTables, Writes, join_writes, place_row
+from runtime.engine.plan import Call, StepPlan
+from runtime.engine.scheduler import Settings
+
+
+def settings_for(scheduling: SchedulingManifest, executor: Executor) -> Settings:
+    """Read a scheduling manifest under the bounds of the package that runs; raises SequenceRefused."""
+    contract = executor.contract
+    return Settings.of(
+        scheduling,
+        max_positions=contract.max_positions,
+        max_batch=contract.bounds.max_batch,
+        max_tokens=contract.bounds.max_tokens,
+        max_context=contract.bounds.max_context,
+    )
+
+
+def pool_slots(settings: Settings) -> int:
+    """Slots of one layer's pool: the usable blocks and the scratch block."""
+    return (settings.num_blocks + 1) * settings.block_size
+
+
+class CallRunner:
+    """Runs the calls of live plans over one pool."""
+
+    def __init__(self, executor: Executor, settings: Settings, *, clock: Callable[[], int]) -> None:
+        self._executor = executor
+        self._clock = clock
+        self._pool = executor.new_pool(pool_slots(settings))
+        self._buffers = InputBuffers()
+        self._last_position = executor.contract.max_positions - 1
+        self._tables = SlotTables(
+            settings.max_num_seqs,
+            longest=settings.longest_sequence,
+            block_size=settings.block_size,
+            context_multiple=settings.context_multiple,
+        )
+
+    def apply(self, plan: StepPlan) -> None:
+        """Bring the slot tables to where the plan says."""
+        for preemption in plan.preemptions:
+            self._tables.drop(preemption.sequence)
+        for admission in plan.admissions:
+            self._tables.admit(admission.sequence, [hit.block for hit in admission.hits])
+        for index, *blocks in plan.allocations:
+            self._tables.extend(index, blocks)
+
+    def drop(self, index: int) -> None:
+        """Forget a sequence that ended."""
+        self._tables.drop(index)
+
+    def execute(self, call: Call, tokens_of: Mapping[int, Sequence[int]]) -> tuple[Floats, int]:
+        """Run one call and put its keys and values into the pool.
+
+        tokens_of: all known tokens of each sequence in the call.  Returns the logits of each real row's last token,
+        float32 [rows, vocabulary], and the microseconds that executor and pool took.
+        """
+        rows = len(call.sequences)
+        inputs = self._buffers.take(call.batch, call.tokens, call.context, rows=rows)
+        if call.tokens == 1:
+            inputs.tokens[:rows, 0] = [
+                tokens_of[index][start] for index, start in zip(call.sequences, call.starts, strict=True)
+            ]
+            writes = self._tables.fill_decode(inputs, sequences=call.sequences, starts=call.starts)
+        else:
+            writes = self._fill_chunks(inputs, call, tokens_of)
+        began = self._clock()
+        output = self._executor.step(*inputs, self._pool)
+        self._pool.write(writes.slot_ids, output.new_k, output.new_v, rows=writes.rows, columns=writes.columns)
+        took = self._clock() - began
+        if call.tokens == 1:
+            return output.logits[:rows, 0], took
+        return output.logits[np.arange(rows), np.array(call.counts) - 1], took
+
+    def _fill_chunks(self, inputs: CallInputs, call: Call, tokens_of: Mapping[int, Sequence[int]]) -> Writes:
+        parts: list[tuple[int, Integers]] = []
+        for row, (index, start, count) in enumerate(zip(call.sequences, call.starts, call.counts, strict=True)):
+            slots = self._tables.slots_of(index)
+            place_row(
+                inputs,
+                row,
+                tokens=tokens_of[index][start : start + count],
+                start=start,
+                slots=slots,
+                last_position=self._last_position,
+            )
+            parts.append((row, slots[start : start + count]))
+        return join_writes(parts)
