@@ -55,7 +55,8 @@ def run_job(
         elif any(its_turn == turn for _, its_turn in left):
             raise ReplayFailed(
                 f"the replay worker ended with code {code} before it ran a request",
-                fix=f"A changed environment variable may be one that it cannot take. Its last words: {last_words.strip()}",
+                fix="It may not take a changed environment variable. Its last words:\n" + last_words.strip(),
+                + last_words.strip(),
                 evidence={"exit_code": code, "last_words": last_words},
             )
 
