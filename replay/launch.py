@@ -56,7 +56,6 @@ def run_job(
             raise ReplayFailed(
                 f"the replay worker ended with code {code} before it ran a request",
                 fix="It may not take a changed environment variable. Its last words:\n" + last_words.strip(),
-                + last_words.strip(),
                 evidence={"exit_code": code, "last_words": last_words},
             )
 
