@@ -1,4 +1,4 @@
-"""How is a model prepared for eager torch?  Nothing is rewritten: the package holds weights, the code is the decoder."""
+"""How is a model prepared for eager torch?  Nothing is rewritten: weights are packed, the code is the decoder."""
 
 from __future__ import annotations
 

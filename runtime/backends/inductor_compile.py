@@ -1,8 +1,8 @@
 """How is a program compiled without risking this process?  The child: reads a request, compiles, reports as it goes.
 
 Run as `python -m runtime.backends.inductor_compile REQUEST.json`.  Reports are JSON lines on the original standard
-output: `optimized`, `partitioned`, `lowered`, or `failed` with the compiler's own words.  Everything else that libraries
-print goes to standard error.
+output: `optimized`, `partitioned`, `lowered`, or `failed` with the compiler's own words.  Everything else that
+libraries print goes to standard error.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def watch_graph(reporter: Reporter) -> None:
 def compile_program(request: dict[str, Any], reporter: Reporter) -> None:
     """Load the program, compile it into a package file and report each part."""
     import torch
-    from torch._inductor import metrics
+    from torch._inductor import aoti_compile_and_package, metrics
 
     torch.set_num_threads(request["threads"])
     watch_passes(reporter)
@@ -121,7 +121,7 @@ def compile_program(request: dict[str, Any], reporter: Reporter) -> None:
     watch_graph(reporter)
     exported = torch.export.load(request["program"])
     with torch.no_grad():
-        torch._inductor.aoti_compile_and_package(
+        aoti_compile_and_package(
             exported,
             package_path=request["output"],
             inductor_configs={

@@ -103,9 +103,7 @@ class OrtExecutor:
         self._session = None
 
 
-def session_options(
-    *, threads: int, settings: Mapping[str, str], level: str = "disable"
-) -> onnxruntime.SessionOptions:
+def session_options(*, threads: int, settings: Mapping[str, str], level: str = "disable") -> Any:
     """Make options: pinned threads, no spinning, no memory patterns (they would be cached for every new shape)."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -127,9 +125,7 @@ LEVELS: Mapping[str, Any] = {
 }
 
 
-def open_session(
-    path: Path, options: onnxruntime.SessionOptions, providers: tuple[str, ...]
-) -> onnxruntime.InferenceSession:
+def open_session(path: Path, options: Any, providers: tuple[str, ...]) -> onnxruntime.InferenceSession:
     """Open a session and hold it to the requested providers: ONNX Runtime itself falls back with a mere warning."""
     check_available(providers)
     try:

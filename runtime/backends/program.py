@@ -7,7 +7,7 @@ import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +74,7 @@ def dynamic_shapes(config: ModelConfig, bounds: Bounds) -> tuple[dict[int, Any],
 
 
 @contextmanager
-def quiet_exporters() -> Iterator[list[str]]:
+def quiet_exporters() -> Generator[list[str]]:
     """Collect Python warnings as text and hold back the exporters' log lines about absent optional libraries."""
     collected: list[str] = []
     logger = logging.getLogger("torch.onnx")

@@ -1,0 +1,124 @@
+"""How does the functional step run as compiled code?  An AOTInductor package over torch pools."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch._inductor import aoti_load_package
+
+from runtime.backends.contract import InputContract, Integers
+from runtime.backends.eager import as_tensor, hold_threads
+from runtime.backends.errors import BackendRefused, classify_execution
+from runtime.backends.pool import TorchPool
+from runtime.backends.protocol import KVPool, LoadSpec, StepOutput
+from runtime.models.config import ModelConfig
+from runtime.models.decoder import PRECISIONS
+
+PACKAGE = "step.pt2"
+
+
+class InductorExecutor:
+    """Machine code made ahead of time; a fault in it can end the process, so inputs are checked before every call."""
+
+    backend = "inductor"
+
+    def __init__(self, compiled: Any, spec: LoadSpec) -> None:
+        self._compiled: Any = compiled
+        self._spec = spec
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shape of the model."""
+        return self._spec.config
+
+    @property
+    def precision(self) -> str:
+        """Working precision of weights, cache and activations."""
+        return self._spec.precision
+
+    @property
+    def contract(self) -> InputContract:
+        """What a step's inputs must satisfy."""
+        return self._spec.contract
+
+    @property
+    def threads(self) -> int:
+        """Compute threads of a step."""
+        return self._spec.threads
+
+    def new_pool(self, num_slots: int) -> TorchPool:
+        """Allocate a zeroed pool in the working precision."""
+        config = self._spec.config
+        return TorchPool(
+            num_layers=config.num_layers,
+            num_slots=num_slots,
+            width=config.kv_width,
+            dtype=PRECISIONS[self._spec.precision],
+        )
+
+    def step(
+        self, tokens: Integers, positions: Integers, slots: Integers, context_lengths: Integers, pool: KVPool
+    ) -> StepOutput:
+        """Check the inputs, then run the compiled step; see `Executor.step`."""
+        if self._compiled is None:
+            raise BackendRefused("the executor has been closed", fix="load the package again")
+        self._spec.contract.check(tokens, positions, slots, context_lengths, num_slots=pool.num_slots)
+        tables = cast(TorchPool, pool)
+        hold_threads(self._spec.threads)
+        inputs = [
+            as_tensor(tokens),
+            as_tensor(positions),
+            tables.k,
+            tables.v,
+            as_tensor(slots),
+            as_tensor(context_lengths),
+        ]
+        try:
+            logits, new_k, new_v = self._compiled.loader.run(inputs)
+        except RuntimeError as error:
+            raise classify_execution(error, self.backend) from error
+        return StepOutput(logits.numpy(), new_k, new_v)
+
+    def metadata(self) -> dict[str, str]:
+        """Read back what was written into the compiled package when it was built."""
+        return dict(self._compiled.loader.get_metadata()) if self._compiled is not None else {}
+
+    def close(self) -> None:
+        """Drop the compiled code."""
+        self._compiled = None
+
+
+def load_inductor(package: Path, spec: LoadSpec) -> InductorExecutor:
+    """Load `step.pt2` of a verified package folder, with the compiled input checks switched on as a second wall."""
+    # Read once by the compiled code at its first call; without it a wrong static dimension answers wrong numbers.
+    os.environ["AOTI_RUNTIME_CHECK_INPUTS"] = "1"
+    hold_threads(spec.threads)
+    try:
+        compiled = aoti_load_package(str(package / PACKAGE))
+    except Exception as error:  # the loader raises RuntimeError, OSError and zip errors
+        text = str(error).splitlines()[0][:500] if str(error) else type(error).__name__
+        raise BackendRefused(
+            f"the compiled package cannot be loaded: {text}",
+            fix="prepare the model again on this machine",
+            evidence={"provider_log": text, "runtime_version": str(torch.__version__)},
+        ) from error
+    executor = InductorExecutor(compiled, spec)
+    _check_machine(executor.metadata())
+    return executor
+
+
+def _check_machine(metadata: dict[str, str]) -> None:
+    """Refuse code for another platform: the loader itself does not compare."""
+    import platform
+
+    found = (metadata.get("AOTI_PLATFORM"), metadata.get("AOTI_MACHINE"))
+    here = (platform.system().lower(), platform.machine())
+    if found != here:
+        raise BackendRefused(
+            f"the package holds code for {found[0]} {found[1]}, this is {here[0]} {here[1]}",
+            fix="prepare the model again on this machine",
+            evidence={"provider_log": str(metadata), "validation_output": f"expected {here}, found {found}"},
+        )

@@ -1,0 +1,191 @@
+"""Which backends are there, and what can each do?  The truth table; libraries are imported only when one is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from runtime.backends.errors import BackendMissing, BackendRefused
+from runtime.backends.protocol import (
+    Ability,
+    Backend,
+    BuildOptions,
+    Executor,
+    LoadSpec,
+    Lowering,
+    Support,
+    abilities,
+    require,
+)
+
+YES = Ability(Support.SUPPORTED)
+
+
+def _not_ours(reason: str) -> Ability:
+    return Ability(Support.NOT_OURS_YET, reason)
+
+
+def _not_theirs(reason: str) -> Ability:
+    return Ability(Support.NOT_THEIRS_YET, reason)
+
+
+def _never(reason: str) -> Ability:
+    return Ability(Support.NEVER, reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstalledBackend:
+    """One row of the table; the modules behind it are imported at first use."""
+
+    name: str
+    abilities: Mapping[str, Ability]
+    libraries: tuple[str, ...]
+    """Distributions whose versions decide what is built and run."""
+    lowering: str
+    """module:class of the lowering."""
+    loader: str
+    """module:function that loads a package."""
+    levels: tuple[str, ...] = ("default",)
+    flags: Mapping[str, tuple[str, ...]]
+    """Flags that a caller may set, with their values."""
+    providers: tuple[str, ...] | None = None
+    """None where execution providers are no notion of the backend; else those that this project has tried."""
+    extra: str | None = None
+    """The project's extra that installs the libraries; None for those that always come along."""
+
+    def versions(self) -> dict[str, str]:
+        """Name the installed versions; `BackendMissing` with the extra to install where one is absent."""
+        found: dict[str, str] = {}
+        for library in self.libraries:
+            try:
+                found[library] = version(library)
+            except PackageNotFoundError as error:
+                wanted = f"replaylab[{self.extra}]" if self.extra else library
+                raise BackendMissing(
+                    f"the {self.name} backend needs {library}, which is not installed",
+                    fix=f"pip install '{wanted}'",
+                    evidence={"runtime_version": "absent", "operator_details": library},
+                ) from error
+        return found
+
+    def start(self, model_folder: Path, work: Path, options: BuildOptions) -> Lowering:
+        """Begin a preparation after checking what was asked for against the table."""
+        self.check(options)
+        made: Callable[..., Lowering] = _load_object(self.lowering)
+        return made(model_folder, work, options, versions=self.versions())
+
+    def load(self, package: Path, spec: LoadSpec) -> Executor:
+        """Load a package folder whose digests have been verified."""
+        require(self.name, self.abilities, spec.precision)
+        self.versions()
+        loader: Callable[[Path, LoadSpec], Executor] = _load_object(self.loader)
+        return loader(package, spec)
+
+    def check(self, options: BuildOptions) -> None:
+        """Refuse a precision, level, flag or norm that this backend does not offer."""
+        require(self.name, self.abilities, options.precision)
+        self._among("optimization", options.optimization, self.levels)
+        self._among("norm", options.norm, ("fused", "unfused"))
+        for name, value in options.flags.items():
+            self._among("flag", name, tuple(self.flags))
+            self._among(f"flag {name}", value, self.flags[name])
+        if options.threads < 1:
+            self._among("threads", str(options.threads), ("1 or more",))
+        if options.providers and self.providers is None:
+            self._among("providers", ", ".join(options.providers), ("none",))
+
+    def _among(self, what: str, value: str, allowed: tuple[str, ...]) -> None:
+        if value not in allowed:
+            raise BackendRefused(
+                f"{self.name} does not know {what} {value!r}",
+                fix=f"choose from: {', '.join(allowed) or 'none'}",
+                evidence={"operator_details": f"{what}={value}", "validation_output": ", ".join(allowed)},
+            )
+
+
+def _load_object(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+EAGER = InstalledBackend(
+    name="eager",
+    abilities=abilities(
+        float32=YES,
+        bfloat16=YES,
+        int8=_not_ours("torch.ao dynamic quantization exists; no quantized decoder yet"),
+        dynamic_shapes=YES,
+        threads=YES,
+        optimization_levels=_never("eager torch rewrites nothing"),
+        reproducible_build=YES,
+        reproducible_steps=YES,
+        batch_invariant=_not_ours("needs MKL's strict mode or packed oneDNN linears"),
+        own_process=_not_ours("steps run in the engine's process"),
+        one_shot_models=_not_ours("only the functional step is loaded"),
+    ),
+    libraries=("torch",),
+    lowering="runtime.backends.eager_lowering:EagerLowering",
+    loader="runtime.backends.eager:load_eager",
+    flags={},
+)
+ONNXRUNTIME = InstalledBackend(
+    name="onnxruntime",
+    abilities=abilities(
+        float32=YES,
+        bfloat16=_not_theirs(
+            "ONNX Runtime's CPU provider has no bfloat16 MatMul (NOT_IMPLEMENTED at session creation)"
+        ),
+        int8=_not_ours("onnxruntime.quantization exists; not offered yet"),
+        dynamic_shapes=YES,
+        threads=YES,
+        optimization_levels=YES,
+        reproducible_build=YES,
+        reproducible_steps=YES,
+        batch_invariant=_not_ours("decode batches are invariant by default; padding and chunks need a recipe"),
+        own_process=_not_ours("steps run in the engine's process"),
+        one_shot_models=_not_ours("only the functional step is loaded"),
+    ),
+    libraries=("onnxruntime", "onnx", "onnxscript", "torch"),
+    lowering="runtime.backends.onnxruntime_lowering:OrtLowering",
+    loader="runtime.backends.onnxruntime:load_onnxruntime",
+    levels=("default", "disable", "basic", "extended", "layout", "all"),
+    flags={"disable_prepacking": ("0", "1")},
+    providers=("CPUExecutionProvider",),
+)
+INDUCTOR = InstalledBackend(
+    name="inductor",
+    abilities=abilities(
+        float32=YES,
+        bfloat16=YES,
+        int8=_not_ours("needs a quantized decoder"),
+        dynamic_shapes=YES,
+        threads=YES,
+        optimization_levels=_not_theirs("an ahead-of-time package is always compiled with -O3"),
+        reproducible_build=YES,
+        reproducible_steps=YES,
+        batch_invariant=_not_ours("freezing=true makes decode batches invariant; padding and chunks need a recipe"),
+        own_process=_not_ours("compiling runs in a child; steps run in the engine's process"),
+        one_shot_models=_not_ours("only the functional step is loaded"),
+    ),
+    libraries=("torch",),
+    lowering="runtime.backends.inductor_lowering:InductorLowering",
+    loader="runtime.backends.inductor:load_inductor",
+    flags={"freezing": ("false", "true")},
+)
+BACKENDS: tuple[InstalledBackend, ...] = (EAGER, ONNXRUNTIME, INDUCTOR)
+
+
+def backend_named(name: str) -> Backend:
+    """Find a backend; an unknown name is refused with the known ones."""
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    raise BackendRefused(
+        f"no backend is called {name!r}",
+        fix=f"choose from: {', '.join(backend.name for backend in BACKENDS)}",
+        evidence={"operator_details": name},
+    )
