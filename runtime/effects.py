@@ -17,6 +17,7 @@ import asyncio
 import difflib
 import inspect
 import json
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -182,9 +183,13 @@ class LiveEffects:
         arguments_digest = digest(argument_bytes)
         call = (kind, argument_bytes, arguments_digest, self._log.number(kind, arguments_digest))
         write = side_effect in WRITES
+        began = time.monotonic_ns()
 
         def entry(phase: Phase, outcome: dict[str, Any] | None) -> dict[str, Any]:
-            return self._log.entry(call, phase=phase, outcome=outcome, origin="executed", side_effect=side_effect)
+            fields = self._log.entry(call, phase=phase, outcome=outcome, origin="executed", side_effect=side_effect)
+            if phase == "performed":
+                fields["duration_us"] = (time.monotonic_ns() - began) // 1_000
+            return fields
 
         if write:
             await self._log.commit(entry("intended", None))

@@ -1,7 +1,7 @@
 """What is deployed?  Tenants and their keys' hashes, routes over prepared packages, limits, tools and policy.
 
 A deployment is a folder: `deployment.json` (this document), `keyring.json` (the keys themselves, mode 0600, for demos
-and tests only), `corpus.sqlite` (articles), `crm.sqlite` (accounts and tickets). Paths in the document are relative to it.
+and tests only), `corpus.sqlite` (articles), `crm.sqlite` (accounts and tickets). Paths in the document are relative.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from manifests.artifact import ArtifactManifest
+from manifests.canonical import digest
 from manifests.compiler import CompilerManifest
 from manifests.hardware import HardwareManifest
 from manifests.run import Mode, Pins
@@ -19,6 +20,7 @@ from runtime.effects import EffectRecorder, Effects
 from runtime.engine.generation import GenerationService, OnToken
 from runtime.errors import WriteForbidden
 from runtime.serve.deployment import DeploymentDocument
+from traces.recorder import system_clock
 
 Status = Literal["ok", "refused", "failed", "cancelled", "review"]
 
@@ -118,6 +120,21 @@ def _absent(what: str) -> WriteForbidden:
     )
 
 
+def span_id(trace_id: str, name: str, ordinal: int = 0) -> str:
+    """Derive a span's id, 16 hexadecimal digits, from the trace, so that a replay has the same spans."""
+    return digest(f"{trace_id}/{name}/{ordinal}".encode())[7:23]
+
+
+def request_columns(identity: RequestIdentity) -> dict[str, Any]:
+    """Return the event columns that name a request; effects are given the same."""
+    return {
+        "request_ref": identity.request_ref,
+        "trace_id": identity.trace_id,
+        "parent_span_id": span_id(identity.trace_id, "request"),
+        "track": "B",
+    }
+
+
 def same_pins(pins: Pins) -> Pins:
     """Leave the pins as the deployment and the request give them."""
     return pins
@@ -151,6 +168,10 @@ class Services:
     """The request that this one replays."""
     on_token: OnToken | None = None
     """Called for each token as it is chosen."""
+    on_stage: Callable[[str, str], None] = lambda stage, event: None
+    """Called with a stage's word and `started`, `completed` or `failed`."""
+    stamp: Callable[[], tuple[int, int]] = system_clock
+    """UTC and monotonic microseconds for event columns; no decision reads it."""
     report: Callable[[str, bool], None] = lambda route, healthy: None
     """Told after each generation whether the route worked; feeds the circuit breaker."""
 
