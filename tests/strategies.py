@@ -6,6 +6,16 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from eval.records import (
+    DecisionRecord,
+    FailureRecord,
+    GenerationRecord,
+    RequestRecord,
+    SpanRecord,
+    StageRecord,
+    TokenRecord,
+    ToolCallRecord,
+)
 from manifests.artifact import ArtifactManifest
 from manifests.base import Manifest
 from manifests.canonical import LARGEST_INTEGER
@@ -151,3 +161,71 @@ pins = st.builds(
     tools=tools,
     policy=policies,
 )
+
+short_digests = st.sampled_from([f"sha256:{number:064x}" for number in range(3)])
+"""Few, so that two records often agree."""
+numbers = st.floats(-8, 8, allow_nan=False)
+token_records = st.builds(
+    TokenRecord,
+    token=st.integers(0, 3),
+    logits_digest=short_digests,
+    logprob=numbers,
+    margin=numbers,
+    step=st.integers(0, 50),
+    schedule_digest=st.none() | short_digests,
+)
+generation_records = st.builds(
+    GenerationRecord,
+    prompt_digest=short_digests,
+    tokens=st.lists(token_records, max_size=6).map(tuple),
+    finish_reason=st.sampled_from(["stop", "length", "deadline"]),
+    schedule_digest=st.none() | short_digests,
+)
+stage_records = st.builds(
+    StageRecord,
+    stage=st.sampled_from([f"b{number:02d}" for number in range(1, 11)]),
+    status=st.sampled_from(["ok", "error", None]),
+    input_digest=short_digests,
+    output_digest=short_digests,
+    decision=st.sampled_from([None, "allow", "deny"]),
+    attempt=st.integers(1, 2),
+)
+tool_call_records = st.builds(
+    ToolCallRecord,
+    name=st.sampled_from(["lookup", "create"]),
+    arguments_digest=short_digests,
+    result_digest=short_digests,
+    decision=st.sampled_from(["allow", "deny"]),
+)
+failure_records = st.builds(
+    FailureRecord,
+    failure_class=st.sampled_from(["capacity_admission", "timeout_cancellation"]),
+    stage=st.sampled_from(["b03", "b06"]),
+    retry_decision=st.sampled_from(["none", "retry"]),
+)
+request_records = st.builds(
+    RequestRecord,
+    request_ref=st.sampled_from(["req_1", "req_2"]),
+    stages=st.lists(stage_records, max_size=8).map(tuple),
+    generations=st.lists(generation_records, max_size=2).map(tuple),
+    tool_calls=st.lists(tool_call_records, max_size=2).map(tuple),
+    policy_decisions=st.lists(
+        st.builds(DecisionRecord, name=st.just("cited"), decision=st.sampled_from(["pass", "fail"])), max_size=2
+    ).map(tuple),
+    failure=st.none() | failure_records,
+    terminal_status=st.sampled_from(["ok", "error"]),
+    response_digest=st.none() | short_digests,
+)
+"""Any request that could have been recorded, sensible or not."""
+
+
+@st.composite
+def span_sets(draw: st.DrawFn, *, latest_us: int = 400) -> tuple[SpanRecord, ...]:
+    """Spans that overlap, nest, touch, leave gaps and last no time at all; some name a parent."""
+    bounds = st.tuples(st.integers(0, latest_us), st.integers(0, latest_us)).map(sorted)
+    spans: list[SpanRecord] = []
+    for number in range(draw(st.integers(1, 10))):
+        start, end = draw(bounds)
+        parent = draw(st.none() | st.integers(0, number - 1)) if number else None
+        spans.append(SpanRecord(f"s{number}", start, end, None, str(number), None if parent is None else str(parent)))
+    return tuple(spans)
