@@ -252,11 +252,12 @@ class _Draft:
         for sequence in decodes:
             if self.budget <= 0:
                 return
+            if self.preemptions and sequence.index in self._victims():
+                continue
             if sequence.computed == len(sequence.blocks) * size and not self._reserve(sequence, 1):
                 continue
-            if not self.preemptions or sequence.index not in self._victims():
-                self.rows.append((sequence.index, sequence.computed, 1, True))
-                self.budget -= 1
+            self.rows.append((sequence.index, sequence.computed, 1, True))
+            self.budget -= 1
         for sequence in prefills:
             if self.budget <= 0:
                 return
