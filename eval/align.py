@@ -105,6 +105,8 @@ def timeline(record: RequestRecord) -> tuple[Checkpoint, ...]:
     while generations or calls:
         unplaced.extend(_next_generation(generations))
         unplaced.extend(_next_call(calls))
+    if any(moment.kind != "stage" for moment in judged):  # a repair ran after the first judgement
+        return (*begun, *judged, *unplaced)
     return (*begun, *unplaced, *judged)
 
 
