@@ -8,7 +8,7 @@ names.  A missing value is None and takes no bytes.
 from __future__ import annotations
 
 import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -21,6 +21,8 @@ Track = Literal["A", "B", "M"]
 Durability = Literal["mandatory", "optional"]
 EffectOrigin = Literal["executed", "replayed", "simulated"]
 Status = Literal["ok", "error", "cancelled", "partial", "degraded", "review"]
+# Wider integers would not fit the projection's BIGINT columns; the check stands where the caller can still be told.
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 SpanKind = Literal["internal", "server", "client", "producer", "consumer"]
 
 
@@ -33,9 +35,9 @@ class TraceEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     """The recording this event belongs to."""
     component: str
     """Which part of the system speaks."""
-    ts_us: int
+    ts_us: Int64
     """UTC epoch time, microseconds."""
-    mono_us: int
+    mono_us: Int64
     """Monotonic time in microseconds; comparable inside one outbox only."""
     event_id: str = ""
     """UUIDv7 as 32 hex digits, given by the recorder."""
@@ -59,10 +61,10 @@ class TraceEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     operation: str | None = None
     """``gen_ai.operation.name``."""
     component_version: str | None = None
-    attempt: int | None = None
+    attempt: Int64 | None = None
     """From 1."""
-    duration_us: int | None = None
-    deadline_us: int | None = None
+    duration_us: Int64 | None = None
+    deadline_us: Int64 | None = None
     """UTC epoch time, microseconds."""
     request_ref: str | None = None
     actor_ref: str | None = None
@@ -79,28 +81,28 @@ class TraceEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     request_model: str | None = None
     response_model: str | None = None
     gen_policy_digest: str | None = None
-    seed: int | None = None
+    seed: Int64 | None = None
     temperature: str | None = None
     """A decimal string, as in the generation manifest."""
     top_p: str | None = None
-    top_k: int | None = None
-    max_tokens: int | None = None
+    top_k: Int64 | None = None
+    max_tokens: Int64 | None = None
     engine_id: str | None = None
-    step: int | None = None
+    step: Int64 | None = None
     """Engine step number."""
     batch_id: str | None = None
-    batch_size: int | None = None
-    batch_position: int | None = None
-    queue_depth: int | None = None
-    kv_blocks: int | None = None
-    kv_hit_tokens: int | None = None
+    batch_size: Int64 | None = None
+    batch_position: Int64 | None = None
+    queue_depth: Int64 | None = None
+    kv_blocks: Int64 | None = None
+    kv_hit_tokens: Int64 | None = None
     """Prompt tokens answered by the prefix cache."""
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    cache_read_tokens: int | None = None
-    cache_write_tokens: int | None = None
-    reasoning_tokens: int | None = None
-    first_token_us: int | None = None
+    input_tokens: Int64 | None = None
+    output_tokens: Int64 | None = None
+    cache_read_tokens: Int64 | None = None
+    cache_write_tokens: Int64 | None = None
+    reasoning_tokens: Int64 | None = None
+    first_token_us: Int64 | None = None
     """Microseconds from acceptance to the first token."""
     finish_reason: str | None = None
     status: Status | None = None
@@ -118,7 +120,7 @@ class TraceEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     redaction_status: str | None = None
     """``clean`` or ``payload-redacted``; given by the recorder."""
     redaction_policy: str | None = None
-    cost_microusd: int | None = None
+    cost_microusd: Int64 | None = None
     input_ref: str | None = None
     """``evidence://sha256/<hex>`` of what the stage received."""
     result_ref: str | None = None

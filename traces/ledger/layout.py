@@ -58,6 +58,14 @@ class LedgerLayout:
         """Held by the one process that drains."""
         return self.root / "drain.lock"
 
+    def segment(self, number: int) -> Path:
+        """The Parquet file of one segment."""
+        return self.segments / f"{number:08d}.parquet"
+
+    def checkpoint(self, number: int) -> Path:
+        """The signed checkpoint of one segment."""
+        return self.segments / f"{number:08d}.checkpoint"
+
     def create(self) -> LedgerLayout:
         """Make the folders that are missing.
 

@@ -146,22 +146,21 @@ class Outbox:
         return None
 
     def _run(self) -> None:
-        while True:
+        while self.failure is None:
             if not self._queue:
                 self._idle = True
                 if not self._queue and not self._closing:
                     self._wake.wait()
                 self._idle = False
-                self._wake.clear()
                 if not self._queue:
                     if self._closing:
                         break
+                    self._wake.clear()
                     continue
-                if not self._closing and not self._awaited:
-                    self._wake.wait(self._window_s)  # a mandatory event cuts the window short
+            self._wake.clear()
+            if not self._closing and not self._awaited and len(self._queue) < GROUP_LIMIT:
+                self._wake.wait(self._window_s)  # a mandatory event or close() cuts the window short
             self._write_group()
-            if self.failure is not None:
-                break
         self._stop()
 
     def _write_group(self) -> None:
