@@ -124,6 +124,18 @@ class Recorder:
             self._stored.add(digest)
         return PREFIX + digest
 
+    def erase_blob(self, reference: str, *, reason: str) -> bool:
+        """Record that evidence is erased, then delete it; the log still verifies.  Return whether it was there.
+
+        Evidence that no drain has moved out of an outbox yet is not reached: drain first.
+
+        Raises:
+            TelemetryPersistenceError: the erasure could not be recorded, so nothing was deleted.
+        """
+        self.commit("evidence.erased", track="M", input_ref=reference, payload={"reason": reason})
+        self._stored.discard(hex_digest(reference))
+        return self._blobs.erase(reference)
+
     def flush(self) -> None:
         """Return when everything recorded so far is on disk.
 

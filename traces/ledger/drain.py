@@ -11,7 +11,7 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -48,7 +48,7 @@ class DrainReport:
 
 
 @contextmanager
-def drain_lock(layout: LedgerLayout, *, wait_s: float = 60.0) -> Iterator[None]:
+def drain_lock(layout: LedgerLayout, *, wait_s: float = 60.0) -> Generator[None]:
     """Be the only process that drains, rebuilds, compacts or verifies.
 
     Raises:

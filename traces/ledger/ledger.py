@@ -6,7 +6,7 @@ holds it; everything that changes the ledger runs under the drain lock.  Importi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import polars
 
     from traces.ledger.drain import DrainReport
+    from traces.ledger.findings import VerifyReport
     from traces.ledger.upkeep import CompactReport
-    from traces.ledger.verify import VerifyReport
 
 
 class Ledger:
@@ -95,14 +95,6 @@ class Ledger:
                 return waiting
             return self.blobs.get(reference)  # a drain may have moved it between the two looks
 
-    def erase(self, reference: str, *, reason: str) -> bool:
-        """Delete evidence and record that it was deleted; the log still verifies.  Return whether it was there."""
-        from traces.recorder import Recorder
-
-        with Recorder(self.path, run_id="ledger", component="ledger") as recorder:
-            recorder.commit("evidence.erased", track="M", input_ref=reference, payload={"reason": reason})
-        return self.blobs.erase(reference)
-
     def events(
         self,
         run_id: str | None = None,
@@ -150,7 +142,7 @@ class Ledger:
         return cast("polars.DataFrame", polars.from_arrow(table))
 
     @contextmanager
-    def reading(self) -> Iterator[duckdb.DuckDBPyConnection]:
+    def reading(self) -> Generator[duckdb.DuckDBPyConnection]:
         """Hold the projection open read-only for several questions (a drain waits meanwhile: be short).
 
         Raises:

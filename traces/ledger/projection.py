@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,6 @@ from traces.ledger.segments import SegmentRow, Segments
 
 if TYPE_CHECKING:
     import duckdb
-    import pyarrow
 
 _BUSY = ("could not set lock", "different configuration", "conflicting lock", "already attached", "unique file handle")
 _ROWS_PER_TRANSACTION = 100_000
@@ -34,7 +33,7 @@ class ProjectionBusy(TelemetryPersistenceError):
 
 
 @contextmanager
-def open_database(path: Path, *, read_only: bool, wait_s: float = 10.0) -> Iterator[duckdb.DuckDBPyConnection]:
+def open_database(path: Path, *, read_only: bool, wait_s: float = 10.0) -> Generator[duckdb.DuckDBPyConnection]:
     """Open the projection, waiting with backoff while another process holds it.
 
     Raises:
@@ -75,7 +74,7 @@ def open_database(path: Path, *, read_only: bool, wait_s: float = 10.0) -> Itera
 
 
 @contextmanager
-def empty_database() -> Iterator[duckdb.DuckDBPyConnection]:
+def empty_database() -> Generator[duckdb.DuckDBPyConnection]:
     """Open an empty projection in memory: what a ledger answers before its first drain."""
     import duckdb
 
@@ -177,7 +176,7 @@ def _row_type() -> type[msgspec.Struct]:
     )
 
 
-def event_table(rows: Sequence[tuple[int, SegmentRow]]) -> pyarrow.Table:
+def event_table(rows: Sequence[tuple[int, SegmentRow]]) -> Any:
     """Return (segment number, row) pairs in (run_id, seq) order as an Arrow table, the payload as JSON text."""
     import pyarrow
 
@@ -202,7 +201,7 @@ def event_table(rows: Sequence[tuple[int, SegmentRow]]) -> pyarrow.Table:
     return pyarrow.table(arrays)
 
 
-def _arrow_column(column: Column, values: tuple[Any, ...]) -> pyarrow.Array:
+def _arrow_column(column: Column, values: tuple[Any, ...]) -> Any:
     import pyarrow
 
     if column.type == "VARIANT":

@@ -6,12 +6,20 @@ Each question is one SQL text over the views, with named parameters, and one fun
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import polars
 
-    from traces.ledger.ledger import Ledger
+
+class Answering(Protocol):
+    """Whoever can ask the projection: a ``Ledger``."""
+
+    def frame(self, sql: str, parameters: Mapping[str, Any] | None = None) -> polars.DataFrame:
+        """Answer a question as a polars frame."""
+        ...
+
 
 EVENTS = """
 SELECT body FROM event
@@ -87,41 +95,41 @@ SELECT * FROM attempt WHERE request_ref = $request_ref AND ($run_id IS NULL OR r
 """
 
 
-def runs(ledger: Ledger) -> polars.DataFrame:
+def runs(ledger: Answering) -> polars.DataFrame:
     """One row a run, newest first: times, requests, terminal statuses, failures, the run it replays."""
     return ledger.frame(RUNS)
 
 
-def requests(ledger: Ledger, run_id: str | None = None) -> polars.DataFrame:
+def requests(ledger: Answering, run_id: str | None = None) -> polars.DataFrame:
     """One row a request, newest first, of one run or of all."""
     return ledger.frame(REQUESTS, {"run_id": run_id})
 
 
-def last_incident(ledger: Ledger) -> polars.DataFrame:
+def last_incident(ledger: Answering) -> polars.DataFrame:
     """The newest request that did not end ok or whose replay diverged: one row, or none."""
     return ledger.frame(LAST_INCIDENT)
 
 
-def waterfall(ledger: Ledger, request_ref: str, *, run_id: str | None = None) -> polars.DataFrame:
+def waterfall(ledger: Answering, request_ref: str, *, run_id: str | None = None) -> polars.DataFrame:
     """A request's spans by start, with ``offset_us`` from the first span; by default in its live run."""
     return ledger.frame(WATERFALL, {"request_ref": request_ref, "run_id": run_id})
 
 
-def stage_latency(ledger: Ledger, run_id: str | None = None) -> polars.DataFrame:
+def stage_latency(ledger: Answering, run_id: str | None = None) -> polars.DataFrame:
     """Exact p50, p95, p99, maximum and sum of every stage's duration, microseconds."""
     return ledger.frame(STAGE_LATENCY, {"run_id": run_id})
 
 
-def steps(ledger: Ledger, run_id: str, engine_id: str | None = None) -> polars.DataFrame:
+def steps(ledger: Answering, run_id: str, engine_id: str | None = None) -> polars.DataFrame:
     """An engine's steps in order; ``payload`` is the plan as JSON text."""
     return ledger.frame(STEPS, {"run_id": run_id, "engine_id": engine_id})
 
 
-def failures(ledger: Ledger, run_id: str | None = None) -> polars.DataFrame:
+def failures(ledger: Answering, run_id: str | None = None) -> polars.DataFrame:
     """Failures counted by class, stage and type, with the newest request of each."""
     return ledger.frame(FAILURES, {"run_id": run_id})
 
 
-def attempts(ledger: Ledger, request_ref: str, *, run_id: str | None = None) -> polars.DataFrame:
+def attempts(ledger: Answering, request_ref: str, *, run_id: str | None = None) -> polars.DataFrame:
     """Every recorded attempt of a request with its retry decision, in order."""
     return ledger.frame(ATTEMPTS, {"request_ref": request_ref, "run_id": run_id})

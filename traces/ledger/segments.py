@@ -11,16 +11,13 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from traces.envelope import SCHEMA_VERSION
 from traces.ledger.checkpoint import Checkpoint, CheckpointError, OutboxRange, Signer, parse
 from traces.ledger.keys import ledger_id, signing_seed
 from traces.ledger.layout import LedgerLayout, sync_folder, write_durably
 from traces.ledger.merkle import leaf_hash, root_of
-
-if TYPE_CHECKING:
-    import pyarrow
 
 WRITER = f"replaylab envelope-{SCHEMA_VERSION}"
 
@@ -81,7 +78,7 @@ class Segments:
         columns: list[list[Any]] = [table.column(name).to_pylist() for name in ("seq", "leaf_hash", "body")]
         return [SegmentRow(*row) for row in zip(*columns, strict=True)]
 
-    def _table(self, number: int) -> pyarrow.Table:
+    def _table(self, number: int) -> Any:
         import pyarrow
         import pyarrow.parquet
 
@@ -167,9 +164,7 @@ def _write_parquet(path: Path, rows: Sequence[OutboxRow], leaves: Sequence[bytes
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        pyarrow.parquet.write_table(
-            table, file, compression="zstd", use_dictionary=False, write_statistics=["seq"], write_page_checksum=True
-        )
+        pyarrow.parquet.write_table(table, file, compression="zstd", use_dictionary=False, write_page_checksum=True)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -7,9 +7,7 @@ holder of the key can rewrite whatever no witness has seen.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import msgspec
 
@@ -19,47 +17,13 @@ from traces.failures import EvidenceError
 from traces.ledger.blobs import BlobStore
 from traces.ledger.checkpoint import Checkpoint, CheckpointError, Signer, open_note
 from traces.ledger.drain import drain_lock
+from traces.ledger.findings import Finding, VerifyReport
 from traces.ledger.keys import ledger_id
 from traces.ledger.layout import LedgerLayout
 from traces.ledger.merkle import leaf_hash, root_of
 from traces.ledger.outboxes import holds, pending_events
 from traces.ledger.segments import SegmentError, SegmentRow, Segments
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is not as it was sealed."""
-
-    kind: str
-    """A short stable name: edited, deleted, reordered, truncated, missing, signature, chain, head, row, blob."""
-    detail: str
-    """What and where, one sentence."""
-    segment: int | None = None
-    seq: int | None = None
-
-
-@dataclass
-class VerifyReport:
-    """What verification found and how much it looked at."""
-
-    findings: list[Finding] = field(default_factory=list[Finding])
-    notes: list[str] = field(default_factory=list[str])
-    """What is worth knowing but no damage: events not drained yet, no witness."""
-    segments: int = 0
-    events: int = 0
-    rows: int = 0
-    """Projected rows compared."""
-    blobs: int = 0
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing was found."""
-        return not self.findings
-
-    def to_document(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        document: dict[str, Any] = msgspec.to_builtins(self)
-        return {"ok": self.ok, **document}
+from traces.ledger.verify_rows import check_rows
 
 
 def verify(layout: LedgerLayout, *, blobs: bool = True, progress: Callable[[int], None] | None = None) -> VerifyReport:
@@ -90,8 +54,6 @@ class _Verification:
             self._check_chain(numbers)
         self._check_heads(numbers[-1] if numbers else 0)
         if self.layout.database.exists():
-            from traces.ledger.verify_rows import check_rows
-
             check_rows(self.layout, self.report, self.checkpoints)
         elif numbers:
             self.report.notes.append("there is no projection yet; drain or rebuild makes it")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from traces.failures import TelemetryPersistenceError
 from traces.ledger.checkpoint import Checkpoint
+from traces.ledger.findings import Finding, VerifyReport
 from traces.ledger.layout import LedgerLayout
 from traces.ledger.projection import event_table, open_database
 from traces.ledger.schema import EVENT_COLUMNS, MIGRATIONS, Column
@@ -13,8 +14,6 @@ from traces.ledger.segments import SegmentError, Segments
 
 if TYPE_CHECKING:
     import duckdb
-
-    from traces.ledger.verify import VerifyReport
 
 
 def _same(column: Column) -> str:
@@ -38,8 +37,6 @@ ORDER BY seq
 
 def check_rows(layout: LedgerLayout, report: VerifyReport, checkpoints: dict[int, Checkpoint]) -> None:
     """Compare the projection with the segments, row for row, all columns; call with the drain lock held."""
-    from traces.ledger.verify import Finding
-
     try:
         with open_database(layout.database, read_only=False) as connection:
             version = connection.execute("SELECT max(number) FROM migration").fetchone()
@@ -57,8 +54,6 @@ def _check(
     report: VerifyReport,
     checkpoints: dict[int, Checkpoint],
 ) -> None:
-    from traces.ledger.verify import Finding
-
     segments = Segments(layout)
     marks = {
         int(row[0]): (int(row[1]), int(row[2]), bytes(row[3]))
