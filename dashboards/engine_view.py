@@ -34,15 +34,15 @@ def generations(sequences: Sequence[TraceEvent], read_blob: ReadBlob) -> list[di
     return found
 
 
-def token_rows(results: Sequence[dict[str, Any]], text_of: TokenText) -> list[TokenRow]:
-    """Return one row for each generated token of all generations together."""
+def token_rows(results: Sequence[dict[str, Any]], text_of: TokenText, *, first: int = 0) -> list[TokenRow]:
+    """Return one row for each generated token of all generations together, numbered from `first`."""
     rows: list[TokenRow] = []
     for result in results:
         for record in result["records"]:
             token, digest, logprob, margin, step, _position, emitted_us = _record_fields(record)
             rows.append(
                 TokenRow(
-                    index=len(rows),
+                    index=first + len(rows),
                     token=token,
                     text=text_of(token),
                     logprob=_number(logprob),

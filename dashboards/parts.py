@@ -64,6 +64,14 @@ def empty(title: str, text: str, command: str | None = None) -> None:
         st.code(command, language="bash")
 
 
+def callout(html: str, colour: str) -> None:
+    """Write a paragraph that must be seen; the HTML was escaped by whoever made it."""
+    st.html(
+        f'<div style="border-left:4px solid {colour};background:{tint(colour, 0.07)};padding:0.7rem 1rem;'
+        f'border-radius:4px;margin-bottom:0.6rem">{html}</div>'
+    )
+
+
 def badge(text: str, colour: str | None = None) -> str:
     """Return a rounded label; the colour is the one of the status it says unless another is given."""
     chosen = colour or status_colour(text)

@@ -101,7 +101,12 @@ class RequestStory:
     tools: tuple[TraceEvent, ...] = ()
     decisions: tuple[TraceEvent, ...] = ()
     sequences: tuple[TraceEvent, ...] = ()
+    accepted_ref: str | None = None
+    """Evidence of the request as it was accepted."""
     response_ref: str | None = None
+    failed_stage: str | None = None
+    message: str | None = None
+    """What the failure said."""
     notes: tuple[str, ...] = ()
     """What could not be read, one sentence each."""
 
@@ -150,7 +155,10 @@ def tell(events: Sequence[TraceEvent], read_blob: ReadBlob) -> RequestStory:
         tools=tuple(event for event in ordered if event.event_type.startswith("tool.")),
         decisions=tuple(event for event in ordered if event.event_type == "policy.decided"),
         sequences=tuple(event for event in ordered if event.event_type == "engine.sequence"),
+        accepted_ref=first.input_ref,
         response_ref=None if terminal is None else terminal.result_ref,
+        failed_stage=None if terminal is None else _text(terminal.payload.get("failed_stage")),
+        message=None if terminal is None else _text(terminal.payload.get("message")),
         notes=tuple(notes),
     )
 

@@ -1,0 +1,41 @@
+"""Which pages are there?  The entry that Streamlit runs."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from dashboards import ledger, places
+from dashboards.pages import compare, request, runs
+
+
+def main() -> None:
+    """Set up the frame, the navigation and the side bar, then run the chosen page."""
+    st.set_page_config(page_title="Replaylab", page_icon=":material/manage_search:", layout="wide")
+    pages = {
+        "runs": st.Page(runs.show, title="Runs", url_path="runs", icon=":material/list:", default=True),
+        "request": st.Page(request.show, title="Request", url_path="request", icon=":material/timeline:"),
+        "compare": st.Page(compare.show, title="Compare", url_path="compare", icon=":material/compare_arrows:"),
+    }
+    places.remember(pages)
+    chosen = st.navigation(list(pages.values()))
+    with st.sidebar:
+        _sidebar()
+    chosen.run()
+
+
+def _sidebar() -> None:
+    """Say which ledger is open and how much it holds."""
+    path = ledger.ledger_path()
+    st.caption("Ledger")
+    st.code(path.name or str(path), language=None)
+    if ledger.exists(path):
+        found = ledger.runs(path)
+        requests = sum(row.requests for row in found)
+        st.caption(f"{len(found):,} runs, {requests:,} requests")
+    if st.button("Read again", icon=":material/refresh:", help="Pages read the ledger anew after every write to it."):
+        st.cache_resource.clear()
+        st.rerun()
+
+
+if __name__ == "__main__":
+    main()

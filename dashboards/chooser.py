@@ -1,0 +1,63 @@
+"""Which request is meant?  Two boxes that follow the address and change it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import streamlit as st
+
+from dashboards import ledger, places
+from dashboards.parts import empty
+from dashboards.rows import RequestRow, RunRow
+from dashboards.words import duration, moment, short_id
+
+
+def choose_request(
+    path: Path, *, run_parameter: str, request_parameter: str, label: str, fallback: int = 0
+) -> tuple[str, str] | None:
+    """Return (run, request) from the boxes; None, with a word on why, when there is nothing to choose from.
+
+    Args:
+        run_parameter: the query parameter that names the run.
+        request_parameter: the one that names the request.
+        label: what the box is called.
+        fallback: which request of the run is shown when the address names none.
+    """
+    runs = [row for row in ledger.runs(path) if row.requests] if ledger.exists(path) else []
+    if not runs:
+        empty(
+            "No request is recorded here yet",
+            "Record a workload, then read again.",
+            ledger.command(path, "replaylab record --requests 48"),
+        )
+        return None
+    left, right = st.columns(2)
+    asked_run, asked_request = places.chosen(run_parameter), places.chosen(request_parameter)
+    index = next((place for place, row in enumerate(runs) if row.run_id == asked_run), None)
+    if index is None:
+        index = next((place for place, row in enumerate(runs) if row.kind == "live"), 0)
+    run = left.selectbox("Run", runs, index=index, format_func=_say_run, key=f"box-{run_parameter}-{asked_run}")
+    requests = ledger.requests(path, run.run_id)
+    if not requests:
+        empty("This run holds no requests", "It was stopped before the first one arrived.")
+        return None
+    place = next((spot for spot, row in enumerate(requests) if row.request_ref == asked_request), None)
+    request = right.selectbox(
+        label.capitalize(),
+        requests,
+        index=place if place is not None else min(fallback, len(requests) - 1),
+        format_func=_say_request,
+        key=f"box-{request_parameter}-{run.run_id}-{asked_request}",
+    )
+    if (run.run_id, request.request_ref) != (asked_run, asked_request):
+        st.query_params[run_parameter] = run.run_id
+        st.query_params[request_parameter] = request.request_ref
+    return run.run_id, request.request_ref
+
+
+def _say_run(row: RunRow) -> str:
+    return f"{row.name}, {moment(row.started_us)}, {short_id(row.run_id)}"
+
+
+def _say_request(row: RequestRow) -> str:
+    return f"{short_id(row.request_ref)}, {row.status}, {duration(row.total_us)}"

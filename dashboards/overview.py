@@ -1,0 +1,134 @@
+"""What ran, how did its requests end, and what did replays say?  Rows for the lists, from the ledger's views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dashboards.rows import LatencyRow, RequestRow, RunRow, VerdictRow
+from traces.envelope import TraceEvent
+
+GOOD_ENDS = ("ok", "review")
+"""Terminal statuses that are no failure: an answer, or a human who was asked."""
+
+
+def run_rows(
+    rows: Iterable[Mapping[str, Any]], starts: Iterable[TraceEvent], requests: Iterable[Mapping[str, Any]]
+) -> list[RunRow]:
+    """Return one row a run, newest first.
+
+    Args:
+        rows: the ledger's ``run`` view.
+        starts: the run.started events, which say what was run.
+        requests: the ledger's ``request`` view of all runs.
+    """
+    told = {event.run_id: event.payload for event in starts}
+    times: dict[str, list[int]] = {}
+    for request in requests:
+        if request["duration_us"] is not None:
+            times.setdefault(request["run_id"], []).append(request["duration_us"])
+    found = [_run_row(row, told.get(row["run_id"], {}), times.get(row["run_id"], [])) for row in rows]
+    return sorted((row for row in found if row is not None), key=lambda row: row.started_us, reverse=True)
+
+
+def request_rows(rows: Iterable[Mapping[str, Any]]) -> list[RequestRow]:
+    """Return one row a request, in order of arrival, from the ledger's ``request`` view."""
+    found = [
+        RequestRow(
+            run_id=row["run_id"],
+            request_ref=row["request_ref"],
+            accepted_us=row["accepted_us"],
+            status=row["status"] or "running",
+            tenant_ref=row["tenant_ref"],
+            route=row["model_route"],
+            failure_class=row["failure_class"] if row["status"] not in GOOD_ENDS else None,
+            total_us=row["duration_us"],
+            first_token_us=row["first_token_us"],
+            input_tokens=row["input_tokens"],
+            output_tokens=row["output_tokens"],
+            manifest_digest=row["manifest_digest"],
+        )
+        for row in rows
+    ]
+    return sorted(found, key=lambda row: (row.accepted_us, row.request_ref))
+
+
+def verdict_rows(events: Iterable[TraceEvent]) -> list[VerdictRow]:
+    """Return one row a replay verdict, newest first."""
+    rows = [
+        VerdictRow(
+            run_id=event.run_id,
+            request_ref=event.request_ref,
+            verdict=str(event.payload.get("verdict", "unverified")),
+            mode=_text(event.payload.get("mode")),
+            layer=_text(event.payload.get("layer")),
+            stage=_text(event.payload.get("stage")),
+            token_index=event.payload.get("token_index"),
+            detail=str(event.payload.get("detail") or ""),
+            at_us=event.ts_us,
+        )
+        for event in events
+        if event.request_ref is not None
+    ]
+    return sorted(rows, key=lambda row: row.at_us, reverse=True)
+
+
+def latency_rows(rows: Iterable[Mapping[str, Any]]) -> list[LatencyRow]:
+    """Return the percentiles of each request stage, in the order of stages."""
+    return [
+        LatencyRow(
+            stage=row["stage"], count=row["spans"], p50_us=row["p50_us"], p95_us=row["p95_us"], p99_us=row["p99_us"]
+        )
+        for row in rows
+        if row["track"] == "B"
+    ]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the value below which a share of the values lie, linear between neighbours.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not values:
+        raise ValueError("a percentile needs at least one value")
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def _run_row(row: Mapping[str, Any], payload: Mapping[str, Any], times: Sequence[int]) -> RunRow | None:
+    """Return the row of one run; None for the ledger's own housekeeping."""
+    if not payload and not row["requests"]:
+        return None
+    kind = str(payload.get("kind") or row["kind"] or "live")
+    return RunRow(
+        run_id=row["run_id"],
+        kind=kind,
+        name=_name(kind, payload),
+        started_us=row["started_us"],
+        duration_us=row["duration_us"],
+        requests=row["requests"],
+        failed=row["requests_not_ok"],
+        p50_us=percentile(times, 0.50) if times else None,
+        p95_us=percentile(times, 0.95) if times else None,
+        parent_run=_text(payload.get("parent_run") or row["parent"]),
+        mode=_text(payload.get("mode")),
+    )
+
+
+def _name(kind: str, payload: Mapping[str, Any]) -> str:
+    """Say in a few words what was run."""
+    if kind == "replay":
+        return f"replay, {payload.get('mode', 'faithful')}"
+    if kind == "preparation":
+        words = [str(payload[name]) for name in ("model", "backend", "precision") if payload.get(name)]
+        return " ".join(["prepare", *words])
+    workload = payload.get("workload") or payload.get("name")
+    return workload if isinstance(workload, str) else kind
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
