@@ -5,7 +5,7 @@ and nothing that counts is ever written there.  A block is in exactly one state:
 
     free        no content worth keeping
     held        at least one sequence's table names it
-    evictable   no table names it, but its hash can still be hit; taken, least recently released first, when none is free
+    evictable   no table names it, but its hash can still be hit; when none is free, the one released longest ago goes
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class BlockCache:
         del self.origin_of[block]
 
     def problems(self, tables: Iterable[Sequence[int]]) -> list[str]:
-        """Compare the accounts with the tables of all running sequences; empty when every block is where it should be."""
+        """Compare the accounts with the tables of all running sequences; empty when every block is in its place."""
         held = [0] * (self.num_blocks + 1)
         for table in tables:
             for block in table:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
 from runtime.engine.generation import FinishReason, GenerationRequest, GenerationResult, OnToken, TokenRecord
 from runtime.engine.sequence import Output
+
+
+def monotonic_us() -> int:
+    """The default clock."""
+    return time.monotonic_ns() // 1_000
 
 
 class LiveSequence:

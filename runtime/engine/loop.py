@@ -10,7 +10,6 @@ import asyncio
 import heapq
 import queue
 import threading
-import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -19,12 +18,13 @@ from runtime.backends.protocol import Executor, Floats
 from runtime.engine.errors import EngineFailed, SequenceRefused
 from runtime.engine.generation import FinishReason, GenerationRequest, GenerationResult, OnToken
 from runtime.engine.grammar import GrammarCompiler, TextTokenizer
-from runtime.engine.live import Handle, LiveSequence, LoopDelivery
+from runtime.engine.live import Handle, LiveSequence, LoopDelivery, monotonic_us
 from runtime.engine.plan import Call, StepPlan
 from runtime.engine.recording import EngineJournal, EventRecorder, StepTimes
-from runtime.engine.runner import CallRunner, settings_for
+from runtime.engine.runner import CallRunner
 from runtime.engine.scheduler import check_fits, complete_step, new_state, plan_step, submit, withdraw
 from runtime.engine.sequence import check_request, choose_for, start_output
+from runtime.engine.settings import settings_for
 from traces.failures import ClassifiedError
 
 
@@ -42,11 +42,6 @@ class _Message(NamedTuple):
 
     sequence: LiveSequence
     origin: str | None = None
-
-
-def monotonic_us() -> int:
-    """The default clock."""
-    return time.monotonic_ns() // 1_000
 
 
 class Engine:
@@ -271,8 +266,12 @@ class Engine:
             self._ask_end(sequence, "token_callback_failed")
 
     def _fail_rows(self, call: Call, error: Exception, sampled: dict[int, int]) -> None:
-        failure = error if isinstance(error, ClassifiedError) else EngineFailed(
-            f"a step failed: {error!r}", reason="step_failed", evidence={"error_class": type(error).__name__}
+        failure = (
+            error
+            if isinstance(error, ClassifiedError)
+            else EngineFailed(
+                f"a step failed: {error!r}", reason="step_failed", evidence={"error_class": type(error).__name__}
+            )
         )
         for index in call.sequences:
             sampled.pop(index, None)
@@ -288,9 +287,7 @@ class Engine:
         del self._live[sequence.index]
         error = None if failure is None else failure.failure_class.value
         result = sequence.result(reason, now_us=now_us, error=error)
-        self._journal.finished(
-            sequence.index, sequence.request, result, total_us=now_us - sequence.submitted_us
-        )
+        self._journal.finished(sequence.index, sequence.request, result, total_us=now_us - sequence.submitted_us)
         if failure is None:
             sequence.future.set_result(result)
         else:

@@ -1,13 +1,14 @@
 """What did one engine step do?  The schedule as data: which rows of which sequences ran, in which padded shapes.
 
-A plan is written for every step, so its arrays are columns (about ten bytes a token as JSON text) and rows are a view of
-them.  The bits of a row depend on the shapes recorded here and on nothing else that a plan does not say: padded batch,
-padded tokens, padded context, the row's place in the batch, chunk boundaries and where its cached blocks came from.
+A plan is written for every step, so its arrays are columns (about ten bytes a token as JSON text) and rows are a view
+of them.  The bits of a row depend on the shapes recorded here and on nothing else that a plan does not say: padded
+batch, padded tokens, padded context, the row's place in the batch, chunk boundaries, and where its cached blocks came
+from.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import msgspec
 
@@ -15,7 +16,8 @@ DECODE = "decode"
 PREFILL = "prefill"
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Row:
     """One sequence's part of a call: tokens [start, start + count) of it, sampling after the last one or not."""
 
     sequence: int
@@ -61,7 +63,7 @@ class Call(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Hit(msgspec.Struct, array_like=True, frozen=True):
-    """A cached block that an admitted sequence reads instead of computing, with the row that computed its last token."""
+    """A cached block that an admitted sequence reads, with the row that computed the block's last token."""
 
     block: int
     step: int

@@ -1,4 +1,4 @@
-"""What would one recorded sequence compute again?  Its slice of the schedule is run; nothing of another request is needed.
+"""What would one recorded sequence compute again?  Its slice of the schedule is run, without any other request.
 
 Every row runs in the padded shape, and at the place in it, that the plan recorded.  All other rows are stand-ins: same
 shape, no content.  Prefix blocks that other sequences computed are computed again in those sequences' recorded shapes
@@ -12,6 +12,7 @@ tokens; `alone` schedules the request by itself, as an idle engine would.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
@@ -22,11 +23,11 @@ from runtime.backends.protocol import Executor, Floats
 from runtime.engine.errors import PlanMissing
 from runtime.engine.generation import FinishReason, GenerationRequest, GenerationResult, OnToken
 from runtime.engine.grammar import GrammarCompiler, TextTokenizer
-from runtime.engine.loop import monotonic_us
+from runtime.engine.live import LoopDelivery, monotonic_us
 from runtime.engine.plan import SequenceEntry, StepPlan
-from runtime.engine.runner import settings_for
 from runtime.engine.scheduler import check_fits
 from runtime.engine.sequence import Output, check_request, choose_for, start_output
+from runtime.engine.settings import settings_for
 from runtime.engine.slicing import Life, Schedule
 from runtime.engine.workbench import StandIns, Table, Workbench
 
@@ -127,24 +128,26 @@ class PlanPlayer:
 class RecordedGeneration:
     """A PlanPlayer as a GenerationService: the request path does not know that it is a replay."""
 
-    def __init__(self, player: PlanPlayer, recorded: Mapping[str, GenerationResult], *, mode: Mode = "faithful") -> None:
+    def __init__(
+        self, player: PlanPlayer, recorded: Mapping[str, GenerationResult], *, mode: Mode = "faithful"
+    ) -> None:
         self._player = player
         self._recorded = recorded
         self._mode: Mode = mode
-        self._turn = asyncio.Lock()
+        self._turn = threading.Lock()
 
     async def generate(self, request: GenerationRequest, on_token: OnToken | None = None) -> GenerationResult:
         """Replay the sequence with the request's sequence id; tokens are called back on the event loop."""
-        loop = asyncio.get_running_loop()
+        delivery = None if on_token is None else LoopDelivery(asyncio.get_running_loop(), on_token)
+        result = await asyncio.to_thread(self._replay, request, delivery)
+        if delivery is not None:
+            delivery.flush()
+        return result
 
-        def deliver(record: object) -> None:
-            if on_token is not None:
-                loop.call_soon_threadsafe(on_token, record)
-
-        async with self._turn:  # one pool, one replay at a time
-            return await asyncio.to_thread(
-                self._player.replay, request, self._mode, self._recorded.get(request.sequence_id), on_token=deliver
-            )
+    def _replay(self, request: GenerationRequest, on_token: OnToken | None) -> GenerationResult:
+        recorded = self._recorded.get(request.sequence_id)
+        with self._turn:  # one pool, one replay at a time
+            return self._player.replay(request, self._mode, recorded, on_token=on_token)
 
 
 class _Play:

@@ -12,7 +12,7 @@ from manifests.scheduling import SchedulingManifest
 from runtime.engine.generation import GenerationRequest, GenerationResult
 from runtime.engine.plan import StepPlan
 from runtime.engine.sampling import DIGEST_ALGORITHM, SAMPLER_ALGORITHM
-from runtime.engine.scheduler import Settings
+from runtime.engine.settings import Settings
 from traces.failures import TelemetryPersistenceError
 
 

@@ -1,4 +1,4 @@
-"""How does a planned call reach the executor?  Slot tables, input arrays, the call, and its keys and values put away."""
+"""How does a planned call reach the executor?  Slot tables, input arrays, the call, and keys and values put away."""
 
 from __future__ import annotations
 
@@ -6,28 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from manifests.scheduling import SchedulingManifest
 from runtime.backends.protocol import Executor, Floats
-from runtime.engine.inputs import CallInputs, Integers, InputBuffers, SlotTables, Writes, join_writes, place_row
+from runtime.engine.inputs import CallInputs, InputBuffers, Integers, SlotTables, Writes, join_writes, place_row
 from runtime.engine.plan import Call, StepPlan
-from runtime.engine.scheduler import Settings
-
-
-def settings_for(scheduling: SchedulingManifest, executor: Executor) -> Settings:
-    """Read a scheduling manifest under the bounds of the package that runs; raises SequenceRefused."""
-    contract = executor.contract
-    return Settings.of(
-        scheduling,
-        max_positions=contract.max_positions,
-        max_batch=contract.bounds.max_batch,
-        max_tokens=contract.bounds.max_tokens,
-        max_context=contract.bounds.max_context,
-    )
-
-
-def pool_slots(settings: Settings) -> int:
-    """Slots of one layer's pool: the usable blocks and the scratch block."""
-    return (settings.num_blocks + 1) * settings.block_size
+from runtime.engine.settings import Settings, pool_slots
 
 
 class CallRunner:

@@ -15,88 +15,11 @@ import copy
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
-from typing import Literal
 
-from manifests.scheduling import SchedulingManifest
 from runtime.engine.cache import BlockCache, Origin, chain_hash, root_hash
 from runtime.engine.errors import SequenceRefused
 from runtime.engine.plan import DECODE, PREFILL, Admission, Call, Hit, Preemption, Release, StepPlan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """The scheduling manifest as numbers, with the limits of the package that runs."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    longest_chunk: int
-    """Largest number of one sequence's tokens in a step."""
-    block_size: int
-    num_blocks: int
-    watermark_blocks: int
-    enable_prefix_caching: bool
-    context_multiple: int
-    batch_sizes: tuple[int, ...]
-    longest_sequence: int
-    """Prompt and output tokens together."""
-
-    @classmethod
-    def of(
-        cls, manifest: SchedulingManifest, *, max_positions: int, max_batch: int, max_tokens: int, max_context: int
-    ) -> Settings:
-        """Read a manifest under a package's bounds; raises SequenceRefused where they contradict each other."""
-        multiple, block = manifest.context_multiple, manifest.block_size
-        sizes = tuple(sorted(manifest.batch_sizes))
-        if manifest.policy != "fcfs":
-            raise _refused(f"this engine schedules fcfs, not {manifest.policy}", fix="set scheduling.policy to fcfs")
-        if multiple % block:
-            raise _refused(f"context_multiple {multiple} is no multiple of block_size {block}", fix="choose one that is")
-        if manifest.max_num_batched_tokens < manifest.max_num_seqs:
-            raise _refused(
-                f"max_num_batched_tokens {manifest.max_num_batched_tokens} is below max_num_seqs {manifest.max_num_seqs}: "
-                "decoding would starve",
-                fix="raise scheduling.max_num_batched_tokens",
-            )
-        if sizes[-1] < manifest.max_num_seqs or sizes[-1] > max_batch:
-            raise _refused(
-                f"the largest batch size {sizes[-1]} must cover max_num_seqs {manifest.max_num_seqs} and stay within "
-                f"the package's {max_batch} rows",
-                fix="adjust scheduling.batch_sizes",
-            )
-        chunk = min(manifest.max_num_batched_tokens, max_tokens // block * block)
-        if manifest.long_prefill_token_threshold:
-            chunk = min(chunk, manifest.long_prefill_token_threshold)
-        if chunk < 1 or max_context < multiple:
-            raise _refused("the package's token or context bound is below one block", fix="prepare it with larger bounds")
-        return cls(
-            max_num_seqs=manifest.max_num_seqs,
-            max_num_batched_tokens=manifest.max_num_batched_tokens,
-            longest_chunk=chunk,
-            block_size=block,
-            num_blocks=manifest.num_blocks,
-            watermark_blocks=int(Decimal(manifest.watermark) * manifest.num_blocks),
-            enable_prefix_caching=manifest.enable_prefix_caching,
-            context_multiple=multiple,
-            batch_sizes=sizes,
-            longest_sequence=min(max_positions, max_context // multiple * multiple, manifest.num_blocks * block),
-        )
-
-    def pad_batch(self, rows: int) -> int:
-        """Return the smallest declared batch size that holds `rows`."""
-        return next(size for size in self.batch_sizes if size >= rows)
-
-    def pad_tokens(self, count: int) -> int:
-        """Return the padded tokens of a chunk: 1, or a multiple of the block size."""
-        return 1 if count == 1 else -(-count // self.block_size) * self.block_size
-
-    def pad_context(self, start: int) -> int:
-        """Return the padded number of earlier positions; at least one multiple."""
-        return max(1, -(-start // self.context_multiple)) * self.context_multiple
-
-
-def _refused(message: str, *, fix: str, reason: str = "scheduling_settings") -> SequenceRefused:
-    return SequenceRefused(message, reason=reason, fix=fix)
+from runtime.engine.settings import Settings
 
 
 @dataclass(slots=True)
@@ -248,7 +171,9 @@ class _Draft:
         """Give every running sequence its next tokens, decodes first; preempt the newest where blocks run out."""
         running, size = self.state.running, self.settings.block_size
         decodes = [one for one in running if len(one.tokens) - one.computed == 1]
-        prefills = [one for one in running if len(one.tokens) - one.computed != 1] if len(decodes) < len(running) else []
+        prefills: list[SequenceState] = []
+        if len(decodes) < len(running):
+            prefills = [one for one in running if len(one.tokens) - one.computed != 1]
         for sequence in decodes:
             if self.budget <= 0:
                 return

@@ -15,8 +15,7 @@ from runtime.backends.protocol import Executor, Floats
 from runtime.engine.errors import SequenceRefused
 from runtime.engine.inputs import CallInputs, InputBuffers, Integers, place_row
 from runtime.engine.plan import DECODE, PREFILL, Call
-from runtime.engine.runner import pool_slots
-from runtime.engine.scheduler import Settings
+from runtime.engine.settings import Settings, pool_slots
 
 
 class StandIns(Protocol):
