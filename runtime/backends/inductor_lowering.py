@@ -30,6 +30,7 @@ class InductorLowering(ExportedLowering):
     backend = "inductor"
     _build: BuildProcess | None = None
     _passes: tuple[str, ...] = ()
+    _isa: str = ""
 
     @property
     def freezing(self) -> bool:
@@ -93,6 +94,7 @@ class InductorLowering(ExportedLowering):
         programs.check_conserved(
             contents["symbols"], self.options.bounds, stage="a06", where="the compiled package's checks"
         )
+        self._isa = contents["isa"]
         build_us = sum(entry["us"] for entry in report["commands"])
         record = {
             "target": {**target(), "aoti_isa": contents["isa"]},
@@ -121,7 +123,8 @@ class InductorLowering(ExportedLowering):
             "backend_version": self.versions["torch"],
             "optimization_level": DEFAULT_LEVEL,
             "passes": self._passes,
-            "flags": {**base["flags"], "freezing": str(self.freezing).lower(), "isa": target()["isa"]},
+            "flags": {**base["flags"], "freezing": str(self.freezing).lower(), "isa": self._isa},
+            "required_isa": tuple(self._isa.split()),
         }
 
     def close(self) -> None:

@@ -1,0 +1,64 @@
+"""Stage 1: how does a model folder become a captured program?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.backends.protocol import Backend, BuildOptions, Lowering
+from runtime.prepare.stage import StageOutcome
+
+
+@dataclass(frozen=True)
+class Source:
+    """Receives: a model folder, the backend and what is asked of it."""
+
+    model_folder: Path
+    model_digest: str
+    backend: Backend
+    options: BuildOptions
+    work: Path
+    """Scratch folder of this preparation; its place is no part of anything recorded."""
+    resources: ExitStack
+    """What must be released when the preparation ends, however it ends."""
+
+    def document(self) -> Mapping[str, Any]:
+        """Name the source by digest and options, never by where it lies."""
+        return {"model": self.model_digest, "backend": self.backend.name, "options": options_document(self.options)}
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Emits: a program representation suitable for analysis, held by the backend's lowering."""
+
+    source: Source
+    lowering: Lowering
+    emitted: Mapping[str, Any]
+
+    def document(self) -> Mapping[str, Any]:
+        """Describe what was captured."""
+        return self.emitted
+
+
+def run(source: Source) -> StageOutcome[Captured]:
+    """Capture the model through the backend's lowering, which later stages carry on."""
+    lowering = source.backend.start(source.model_folder, source.work, source.options)
+    source.resources.callback(lowering.close)
+    boundary = lowering.capture()
+    return StageOutcome(Captured(source, lowering, boundary.emitted), boundary.record)
+
+
+def options_document(options: BuildOptions) -> dict[str, Any]:
+    """Write options as a manifest holds them; the deadline is no identity."""
+    return {
+        "precision": options.precision,
+        "norm": options.norm,
+        "optimization": options.optimization,
+        "flags": dict(options.flags),
+        "providers": list(options.providers),
+        "symbols": options.bounds.symbols(),
+        "threads": options.threads,
+    }

@@ -1,0 +1,146 @@
+"""Stage 8: is the package intact, may it run here, and what does it hold in memory?"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+from tokenizers import Tokenizer
+
+from manifests.artifact import ArtifactManifest
+from manifests.compiler import CompilerManifest
+from runtime.backends.contract import InputContract
+from runtime.backends.lowering import unknown
+from runtime.backends.protocol import Executor, LoadSpec
+from runtime.backends.registry import backend_named
+from runtime.models.config import ModelConfig
+from runtime.prepare.errors import PackageRefused
+from runtime.prepare.manifest import PackageManifest, read_config_document
+from runtime.prepare.package import TOKENIZER, Packaged
+from runtime.prepare.stage import StageOutcome
+from runtime.prepare.store import PackageStore
+from runtime.probe import probe
+
+REQUIRED_FLAGS = {
+    "AVX2": ("avx2", "fma"),
+    "AVX512": ("avx512f", "avx512dq", "avx512vl", "avx512bw"),
+    "AVX512_VNNI": ("avx512_vnni",),
+    "AMX_TILE": ("amx_tile",),
+}
+"""Processor flags behind the instruction sets that compiled code names."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A verified package, ready to step."""
+
+    digest: str
+    executor: Executor
+    tokenizer: Tokenizer | None
+    config: ModelConfig
+    manifest: PackageManifest
+    artifact: ArtifactManifest
+    """With the package's digest filled in."""
+    compiler: CompilerManifest
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Emits: a loaded model, ready for readiness checks."""
+
+    packaged: Packaged
+    model: LoadedModel
+
+    def document(self) -> Mapping[str, Any]:
+        """Describe what is loaded, not how long it took."""
+        return {
+            "package": self.model.digest,
+            "backend": self.model.executor.backend,
+            "precision": self.model.executor.precision,
+            "threads": self.model.executor.threads,
+        }
+
+
+def load_package(store: PackageStore, digest: str, *, threads: int = 1) -> LoadedModel:
+    """Verify a package and load it.
+
+    Every file's digest and the manifest's signature are checked before any parser sees a byte, then the compatibility
+    envelope, then the backend loads.  Errors: `PackageUnknown`, `PackageRefused`, `BackendError`.
+    """
+    package_digest = store.resolve(digest)
+    manifest = store.verify(package_digest)
+    check_envelope(manifest, package_digest)
+    config = read_config_document(manifest.config)
+    spec = LoadSpec(
+        config=config,
+        contract=InputContract.from_document(manifest.contract),
+        precision=manifest.compiler.precision,
+        flags=dict(manifest.compiler.flags),
+        providers=manifest.compiler.execution_providers,
+        threads=threads,
+    )
+    folder = store.path(package_digest)
+    executor = backend_named(manifest.compiler.backend).load(folder, spec)
+    tokenizer = Tokenizer.from_buffer((folder / TOKENIZER).read_bytes()) if TOKENIZER in manifest.files else None
+    return LoadedModel(
+        digest=package_digest,
+        executor=executor,
+        tokenizer=tokenizer,
+        config=config,
+        manifest=manifest,
+        artifact=manifest.artifact.model_copy(update={"package_digest": package_digest}),
+        compiler=manifest.compiler,
+    )
+
+
+def check_envelope(manifest: PackageManifest, package_digest: str) -> None:
+    """Refuse a package made for another system, processor or library version; loaders themselves do not look."""
+    envelope = manifest.envelope
+    installed = backend_named(manifest.compiler.backend).versions()
+    differences = {
+        "system": (envelope["system"], platform.system()),
+        "architecture": (envelope["architecture"], platform.machine()),
+        **{name: (wanted, installed.get(name, "absent")) for name, wanted in envelope["libraries"].items()},
+    }
+    wrong = [f"{name}: made for {made}, here {here}" for name, (made, here) in differences.items() if made != here]
+    if envelope["isa"]:
+        flags = set(probe().isa_flags)
+        for name in envelope["isa"]:
+            missing = [flag for flag in REQUIRED_FLAGS.get(name, (name.lower(),)) if flag not in flags]
+            if missing:
+                wrong.append(f"instruction set {name}: this processor lacks {', '.join(missing)}")
+    if wrong:
+        raise PackageRefused(
+            f"package {package_digest[:19]} does not fit this machine: {'; '.join(wrong)}",
+            fix="prepare the model again here, or use a machine and versions that fit",
+            evidence={
+                "artifact_digest": package_digest,
+                "runtime_version": str(installed),
+                "validation_output": "; ".join(wrong),
+            },
+            stage="a08",
+        )
+
+
+def run(received: Packaged, *, store: PackageStore) -> StageOutcome[Loaded]:
+    """Load the package as a server would and record what it costs."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    start = time.perf_counter_ns()
+    model = load_package(store, received.digest, threads=received.source.options.threads)
+    spent = (time.perf_counter_ns() - start) // 1000
+    received.source.resources.callback(model.executor.close)
+    probe_pool = model.executor.new_pool(1)
+    record = {
+        "load_us": spent,
+        "resident_memory_bytes": max(0, process.memory_info().rss - before),
+        "device_allocation_bytes": unknown("the CPU has no memory of its own beside the resident memory"),
+        "cache_capacity": {"bytes_per_slot": probe_pool.nbytes, "slots": "chosen by the scheduler"},
+        "instance_count": 1,
+        "readiness_state": "loaded",
+    }
+    return StageOutcome(Loaded(received, model), record)

@@ -1,0 +1,37 @@
+"""Stage 6: which code runs, made by which compiler for which target?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.backends.protocol import Lowering
+from runtime.prepare.capture import Source
+from runtime.prepare.partition import Partitioned
+from runtime.prepare.stage import StageOutcome
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Emits: compiled code or selected kernels, as files tied to a target."""
+
+    source: Source
+    lowering: Lowering
+    emitted: Mapping[str, Any]
+    files: Mapping[str, Path]
+    compiler: Mapping[str, Any]
+
+    def document(self) -> Mapping[str, Any]:
+        """Describe what the stage emitted."""
+        return self.emitted
+
+
+def run(received: Partitioned) -> StageOutcome[Lowered]:
+    """Generate or select code and collect the files that the package needs."""
+    boundary = received.lowering.lower()
+    files, compiler = received.lowering.files(), received.lowering.compiler()
+    return StageOutcome(
+        Lowered(received.source, received.lowering, boundary.emitted, files, compiler), boundary.record
+    )

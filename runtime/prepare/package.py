@@ -1,0 +1,124 @@
+"""Stage 7: what is shipped, and under which name?"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from manifests.artifact import ArtifactManifest
+from manifests.compiler import CompilerManifest
+from runtime.backends.contract import InputContract
+from runtime.backends.eager import EagerExecutor
+from runtime.backends.fixture import TOLERANCE, FixtureOutput, run_fixture
+from runtime.models.loader import Checkpoint, load_checkpoint
+from runtime.prepare.capture import Source, options_document
+from runtime.prepare.lower import Lowered
+from runtime.prepare.manifest import PackageManifest, config_document
+from runtime.prepare.stage import Journal, StageOutcome
+from runtime.prepare.store import PackageStore, file_entry
+
+__all__ = ["Packaged", "PackageStore", "run"]
+
+FIXTURES, TOKENIZER = "fixtures.safetensors", "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """Emits: an immutable, addressable artifact with a documented compatibility envelope."""
+
+    source: Source
+    digest: str
+    path: Path
+    manifest: PackageManifest
+
+    def document(self) -> Mapping[str, Any]:
+        """Name the package."""
+        return {"package": self.digest}
+
+
+def run(received: Lowered, *, store: PackageStore, journal: Journal) -> StageOutcome[Packaged]:
+    """Write fixtures, bind everything in one manifest, sign it and publish the package."""
+    source = received.source
+    checkpoint = load_checkpoint(source.model_folder)
+    files = dict(received.files)
+    if checkpoint.tokenizer_path is not None:
+        files[TOKENIZER] = checkpoint.tokenizer_path
+    reference = write_fixtures(source, source.work / FIXTURES)
+    files[FIXTURES] = source.work / FIXTURES
+    compiler = CompilerManifest(**_with_text_flags(received.compiler))
+    manifest = PackageManifest(
+        artifact=artifact_of(checkpoint, source),
+        compiler=compiler,
+        config=config_document(checkpoint.config),
+        contract=InputContract.of(checkpoint.config, source.options.bounds).document(),
+        envelope=envelope_of(received, compiler),
+        files={name: file_entry(path) for name, path in sorted(files.items())},
+        fixture={
+            "reference": "eager float32",
+            "tolerance": f"{TOLERANCE[source.options.precision]:g}",
+            "outputs": reference.digests(),
+        },
+        options=options_document(source.options),
+        stages=journal.stages(),
+    )
+    package_digest = store.publish(files, manifest)
+    size = sum(entry.size for entry in manifest.files.values())
+    record = {
+        "artifact_digest": package_digest,
+        "size_bytes": size,
+        "manifest": {name: entry.sha256 for name, entry in manifest.files.items()},
+        "dependency_versions": dict(compiler.runtime_versions),
+        "signature_status": "signed, Ed25519 over DSSE, verified",
+        "build_provenance": {
+            "builder": f"replaylab {importlib.metadata.version('replaylab')}",
+            "source": checkpoint.digest,
+            "stages": [stage.output_digest for stage in manifest.stages],
+        },
+    }
+    return StageOutcome(Packaged(source, package_digest, store.path(package_digest), manifest), record)
+
+
+def write_fixtures(source: Source, path: Path) -> FixtureOutput:
+    """Run the fixture session on eager float32 and keep its logits beside the model."""
+    executor = EagerExecutor.from_checkpoint(source.model_folder, bounds=source.options.bounds)
+    reference = run_fixture(executor)
+    save_file({name: np.ascontiguousarray(array) for name, array in zip(*_parts(reference), strict=True)}, path)
+    return reference
+
+
+def artifact_of(checkpoint: Checkpoint, source: Source) -> ArtifactManifest:
+    """Pin what was prepared; the package's own digest is filled in by whoever loads it."""
+    return ArtifactManifest(
+        model=source.model_folder.resolve().name,
+        family=checkpoint.config.family,
+        model_digest=checkpoint.digest,
+        tokenizer_digest=checkpoint.file_digests.get(TOKENIZER),
+        quantization="none" if source.options.precision == "float32" else source.options.precision,
+    )
+
+
+def envelope_of(received: Lowered, compiler: CompilerManifest) -> dict[str, Any]:
+    """State where the package may be loaded: compiled code is bound to what it was compiled for."""
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "isa": list(received.compiler.get("required_isa", ())),
+        "libraries": dict(compiler.runtime_versions),
+    }
+
+
+def _with_text_flags(compiler: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {name: value for name, value in compiler.items() if name != "required_isa"}
+    fields["flags"] = {name: str(value) for name, value in sorted(fields["flags"].items())}
+    return fields
+
+
+def _parts(output: FixtureOutput) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    return output.names, output.logits

@@ -1,0 +1,112 @@
+"""In which order does a model become a package?  Nine stages, one loop."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from manifests.preparation import PreparationManifest
+from runtime.backends.protocol import BuildOptions
+from runtime.backends.registry import backend_named
+from runtime.models.loader import load_checkpoint
+from runtime.prepare import analyze, capture, load, lower, optimize, package, partition, represent, warm
+from runtime.prepare.manifest import PackageManifest
+from runtime.prepare.stage import Journal, StageRecorder, StageReport
+from runtime.prepare.store import PackageStore
+from traces.stages import Stage
+
+
+@dataclass(frozen=True)
+class PreparedPackage:
+    """What a preparation gives back."""
+
+    digest: str
+    path: Path
+    manifest: PackageManifest
+    preparation: PreparationManifest
+    """All nine stages, for rebuilding and comparing."""
+    reports: tuple[StageReport, ...]
+    """The same with times and measured fields."""
+
+
+def prepare(
+    model_folder: Path,
+    *,
+    backend: str,
+    store: PackageStore,
+    recorder: StageRecorder | None = None,
+    precision: str | None = None,
+    options: BuildOptions | None = None,
+    on_start: Callable[[Stage], None] | None = None,
+    on_finish: Callable[[StageReport], None] | None = None,
+) -> PreparedPackage:
+    """Take a model folder through the nine stages into the store.
+
+    `precision` overrides the options' own.  Nothing that is already in the store is touched by a failure.
+    Errors: `ClassifiedError` with class, stage and evidence.
+    """
+    wanted = options or BuildOptions()
+    if precision is not None:
+        wanted = BuildOptions(**{**wanted.__dict__, "precision": precision})
+    chosen = backend_named(backend)
+    journal = Journal(recorder, on_start, on_finish)
+    with tempfile.TemporaryDirectory(prefix="replaylab-prepare-") as work, ExitStack() as resources:
+        checkpoint = load_checkpoint(model_folder)
+        value: Any = capture.Source(model_folder, checkpoint.digest, chosen, wanted, Path(work), resources)
+        packaged: Any = None
+        for stage, step in steps(store, journal):
+            value = journal.run(stage, value, step)
+            packaged = value if stage is Stage.PACKAGE else packaged
+    preparation = describe_preparation(packaged.manifest, checkpoint.digest, journal)
+    store.write_baseline(packaged.digest, baseline_document(journal))
+    if recorder is not None:
+        recorder.put_blob(preparation.canonical())
+    return PreparedPackage(packaged.digest, packaged.path, packaged.manifest, preparation, tuple(journal.reports))
+
+
+def steps(store: PackageStore, journal: Journal) -> tuple[tuple[Stage, Callable[[Any], Any]], ...]:
+    """Give the nine stages in the specification's order."""
+    return (
+        (Stage.CAPTURE, capture.run),
+        (Stage.REPRESENT, represent.run),
+        (Stage.ANALYZE, analyze.run),
+        (Stage.OPTIMIZE, optimize.run),
+        (Stage.PARTITION, partition.run),
+        (Stage.LOWER, lower.run),
+        (Stage.PACKAGE, partial(package.run, store=store, journal=journal)),
+        (Stage.LOAD, partial(load.run, store=store)),
+        (Stage.WARM, partial(warm.run, store=store)),
+    )
+
+
+def describe_preparation(manifest: PackageManifest, source_digest: str, journal: Journal) -> PreparationManifest:
+    """Bind all nine stages into the document that a rebuild is compared with."""
+    return PreparationManifest(
+        source_digest=source_digest,
+        options=dict(manifest.options),
+        artifact=manifest.artifact,
+        compiler=manifest.compiler,
+        stages=journal.stages(),
+    )
+
+
+def baseline_document(journal: Journal) -> dict[str, Any]:
+    """Keep every stage's duration and full record, as measured on this machine."""
+    return {
+        "document": "replaylab.baseline/1",
+        "stages": [
+            {
+                "stage": report.stage.value,
+                "name": report.stage.word,
+                "duration_us": report.duration_us,
+                "output_digest": report.manifest.output_digest,
+                "record": dict(report.record),
+            }
+            for report in journal.reports
+        ],
+    }

@@ -1,0 +1,165 @@
+"""What stands at the boundary of every preparation stage?  What it received, what it emitted, what it recorded.
+
+`stage.started` carries the digest of what the stage receives, `stage.completed` the digest of what it emits and exactly
+the fields that the specification lists under *Record*, `stage.failed` the classified failure with its evidence.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from manifests.canonical import canonical_bytes, digest
+from manifests.preparation import StageManifest
+from runtime.prepare.errors import RecordIncomplete
+from traces.failures import ClassifiedError, FailureClass
+from traces.stages import Stage, describe
+
+MEASURED = frozenset(
+    {"optimization_us", "build_us", "load_us", "resident_memory_bytes", "first_run_us", "steady_state_us"}
+)
+"""Record fields that differ from build to build: they stand in events, never in what is digested."""
+
+
+class Document(Protocol):
+    """What passes between stages: a value that can describe itself without times or fresh ids."""
+
+    def document(self) -> Mapping[str, Any]:
+        """Describe the value for its digest."""
+        ...
+
+
+Received = TypeVar("Received", bound=Document)
+Emitted = TypeVar("Emitted", bound=Document)
+EmittedCovariant = TypeVar("EmittedCovariant", bound=Document, covariant=True)
+
+
+@dataclass(frozen=True)
+class StageOutcome(Generic[EmittedCovariant]):
+    """What a stage's function returns."""
+
+    emitted: EmittedCovariant
+    record: Mapping[str, Any]
+    """Exactly the specification's Record fields."""
+
+
+class StageRecorder(Protocol):
+    """The part of `traces.recorder.Recorder` that stages need."""
+
+    def commit(self, event_type: str, *, payload: dict[str, Any] | None = None, **columns: Any) -> None:
+        """Record a mandatory event; returns when it is durable."""
+        ...
+
+    def put_blob(self, data: bytes) -> str:
+        """Store evidence by content and return its reference."""
+        ...
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One finished stage, for progress, tables and the preparation manifest."""
+
+    stage: Stage
+    duration_us: int
+    manifest: StageManifest
+    record: Mapping[str, Any]
+    """The full record, measured fields included."""
+
+
+@dataclass
+class Journal:
+    """The stages of one preparation as they finish; every report is recorded before the next stage begins."""
+
+    recorder: StageRecorder | None
+    on_start: Callable[[Stage], None] | None = None
+    on_finish: Callable[[StageReport], None] | None = None
+    reports: list[StageReport] = field(default_factory=list[StageReport])
+
+    def run(
+        self, stage: Stage, received: Received, work: Callable[[Received], StageOutcome[Emitted]]
+    ) -> Emitted:
+        """Run one stage between its recorded boundaries.
+
+        A stage whose record cannot be committed fails with `TelemetryPersistenceError`, so readiness fails closed.
+        """
+        input_digest = self._started(stage, received)
+        start = time.perf_counter_ns()
+        try:
+            outcome = work(received)
+            report = self._report(stage, input_digest, outcome, start)
+        except Exception as error:
+            self._failed(stage, error, start)
+            raise
+        if self.recorder is not None:
+            emitted = canonical_bytes(dict(outcome.emitted.document()))
+            self.recorder.commit(
+                "stage.completed",
+                payload={"record": dict(report.record), "output_digest": report.manifest.output_digest},
+                stage=stage.value,
+                duration_us=report.duration_us,
+                status="ok",
+                result_ref=self.recorder.put_blob(emitted),
+            )
+        self.reports.append(report)
+        if self.on_finish is not None:
+            self.on_finish(report)
+        return outcome.emitted
+
+    def stages(self) -> tuple[StageManifest, ...]:
+        """Give the stages so far, in order, without times."""
+        return tuple(report.manifest for report in self.reports)
+
+    def _started(self, stage: Stage, received: Document) -> str:
+        data = canonical_bytes(dict(received.document()))
+        input_digest = digest(data)
+        if self.on_start is not None:
+            self.on_start(stage)
+        if self.recorder is not None:
+            self.recorder.commit(
+                "stage.started",
+                payload={"input_digest": input_digest},
+                stage=stage.value,
+                input_ref=self.recorder.put_blob(data),
+            )
+        return input_digest
+
+    def _report(
+        self, stage: Stage, input_digest: str, outcome: StageOutcome[Emitted], start: int
+    ) -> StageReport:
+        expected = set(describe(stage).record)
+        if set(outcome.record) != expected:
+            raise RecordIncomplete(
+                f"stage {stage.word} recorded other fields than the specification lists: "
+                f"{', '.join(sorted(set(outcome.record) ^ expected))}",
+                fix="record what the toolchain cannot tell as unknown with the reason",
+                evidence={"record_type": "stage.completed", "retry_state": "none"},
+                stage=stage.value,
+            )
+        manifest = StageManifest(
+            stage=stage.value,
+            name=stage.word,
+            input_digest=input_digest,
+            output_digest=digest(canonical_bytes(dict(outcome.emitted.document()))),
+            record={name: value for name, value in outcome.record.items() if name not in MEASURED},
+        )
+        return StageReport(stage, (time.perf_counter_ns() - start) // 1000, manifest, outcome.record)
+
+    def _failed(self, stage: Stage, error: Exception, start: int) -> None:
+        if not isinstance(error, ClassifiedError):
+            failure_class, error_type = FailureClass.MODEL_PROVIDER, type(error).__name__
+            payload: dict[str, Any] = {"message": str(error)[:500], "evidence": {"error_class": error_type}}
+        else:
+            error.stage = error.stage or stage.value
+            failure_class, error_type, payload = error.failure_class, error.error_type, error.to_payload()
+        if self.recorder is not None:
+            self.recorder.commit(
+                "stage.failed",
+                payload=payload,
+                stage=stage.value,
+                duration_us=(time.perf_counter_ns() - start) // 1000,
+                status="error",
+                failure_class=failure_class.value,
+                error_type=error_type,
+            )

@@ -1,0 +1,122 @@
+"""Stage 9: does the loaded package answer as it should, how fast, and what do its bits depend on?"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from runtime.backends.fixture import Comparison, FixtureOutput, compare, fixture_tokens, run_fixture
+from runtime.backends.protocol import Executor
+from runtime.prepare.errors import WarmupRefused
+from runtime.prepare.invariance import probe_invariance
+from runtime.prepare.load import Loaded, LoadedModel
+from runtime.prepare.package import FIXTURES
+from runtime.prepare.stage import StageOutcome
+from runtime.prepare.store import PackageStore
+
+BUCKETS = (1, 8, 32)
+CONTEXT, RUNS = 64, 9
+
+
+@dataclass(frozen=True)
+class Warmed:
+    """Emits: a ready execution path with validated output behaviour and a baseline."""
+
+    model: LoadedModel
+    outputs: Mapping[str, str]
+    """Digest of the logits of each fixture step, on this backend."""
+    invariance: Mapping[str, Any]
+    ready: bool
+
+    def document(self) -> Mapping[str, Any]:
+        """Describe behaviour, not latency."""
+        return {
+            "package": self.model.digest,
+            "outputs": dict(self.outputs),
+            "invariance": dict(self.invariance),
+            "ready": self.ready,
+        }
+
+
+def run(received: Loaded, *, store: PackageStore) -> StageOutcome[Warmed]:
+    """Validate against the fixtures, measure, probe, decide readiness and keep the baseline."""
+    model = received.model
+    compiled_before = compilations()
+    start = time.perf_counter_ns()
+    output, comparison = validate(model, store)
+    first_us = (time.perf_counter_ns() - start) // 1000
+    latency = measure_latency(model.executor)
+    invariance = probe_invariance(model.executor)
+    compiled = compilations() - compiled_before
+    warmed = Warmed(model, output.digests(), invariance, ready=compiled == 0)
+    if not warmed.ready:
+        raise WarmupRefused(
+            f"{compiled} graphs were compiled while warming: the package is not ahead-of-time code",
+            fix="prepare the model again",
+            evidence={"artifact_digest": model.digest, "validation_output": f"compilations {compiled}"},
+            stage="a09",
+        )
+    record = {
+        "warmup_count": len(output.names) + len(latency["steady_us"]) * (RUNS + 1),
+        "first_run_us": {"fixture_session": first_us, **latency["first_us"]},
+        "steady_state_us": latency["steady_us"],
+        "compilation_cache_events": {"compilations": compiled},
+        "output_comparison": comparison.document(),
+        "readiness_decision": {"ready": True, "invariance": invariance},
+    }
+    return StageOutcome(warmed, record)
+
+
+def validate(model: LoadedModel, store: PackageStore) -> tuple[FixtureOutput, Comparison]:
+    """Run the fixture session and hold it against the package's reference outputs.
+
+    Errors: `WarmupRefused` when the difference is beyond the stated tolerance; `ExecutionFailed` when values are not
+    finite.
+    """
+    arrays = load_file(store.path(model.digest) / FIXTURES)
+    output = run_fixture(model.executor)
+    reference = FixtureOutput(names=output.names, logits=tuple(arrays[name] for name in output.names))
+    comparison = compare(output, reference, model.executor.precision)
+    if not comparison.within:
+        raise WarmupRefused(
+            f"the loaded package is {comparison.max_abs:.2e} from eager float32, allowed is "
+            f"{comparison.tolerance:g} of the largest logit {comparison.scale:.2e}",
+            fix="lower the optimization level, or prepare the model again",
+            evidence={"artifact_digest": model.digest, "validation_output": str(comparison.document())},
+            stage="a09",
+        )
+    return output, comparison
+
+
+def measure_latency(executor: Executor) -> dict[str, dict[str, int]]:
+    """Time one decode step at each batch size: the first run and the median of later ones, in microseconds."""
+    bounds = executor.contract.bounds
+    context = min(CONTEXT, bounds.max_context, executor.contract.max_positions - 1)
+    first: dict[str, int] = {}
+    steady: dict[str, int] = {}
+    pool = executor.new_pool(context)
+    for batch in (size for size in BUCKETS if size <= bounds.max_batch):
+        tokens = fixture_tokens("latency", batch, executor.config.vocab_size).reshape(batch, 1)
+        positions = np.full((batch, 1), context, dtype=np.int64)
+        slots = np.tile(np.arange(context, dtype=np.int64), (batch, 1))
+        lengths = np.full(batch, context, dtype=np.int64)
+        times: list[int] = []
+        for _ in range(RUNS + 1):
+            start = time.perf_counter_ns()
+            executor.step(tokens, positions, slots, lengths, pool)
+            times.append((time.perf_counter_ns() - start) // 1000)
+        first[f"decode_b{batch}"] = times[0]
+        steady[f"decode_b{batch}"] = sorted(times[1:])[RUNS // 2]
+    return {"first_us": first, "steady_us": steady}
+
+
+def compilations() -> int:
+    """Count the graphs that torch compiled in this process; 0 where its compiler was never imported."""
+    utilities = sys.modules.get("torch._dynamo.utils")
+    return len(utilities.get_compilation_metrics()) if utilities is not None else 0
