@@ -164,17 +164,18 @@ class Network(nn.Module):
         super().__init__()
         self.shape = shape
         self.model = Body(shape)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                deviation = 0.02 if "embed" in name else 0.5 * parameter.shape[1] ** -0.5
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    deviation *= (2 * shape.num_hidden_layers) ** -0.5
-                nn.init.normal_(parameter, std=deviation)
 
     @property
     def head_size(self) -> int:
         """The width of one attention head."""
         return self.shape.hidden_size // self.shape.num_attention_heads
+
+    def attention(self, layer: int) -> Attention:
+        """Return the attention of one layer."""
+        found = self.model.layers[layer].self_attn
+        if not isinstance(found, Attention):
+            raise TypeError(f"layer {layer} has no attention")
+        return found
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits [B, T, V] of tokens [B, T]."""

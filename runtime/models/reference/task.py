@@ -226,17 +226,17 @@ def questions(seed: int, count: int) -> tuple[Question, ...]:
 
 
 def _distractors(rng: random.Random, split: Split, subject: tuple[str, str], count: int) -> list[tuple[str, str]]:
-    """Return other subjects as a retriever would bring them: often of the same product or the same topic."""
+    """Return other subjects as full-text search would bring them: most share the topic or the product."""
     topic, product = subject
+    pools = (
+        [one for one in SUBJECTS[split] if one[0] == topic],
+        [one for one in SUBJECTS[split] if one[1] == product],
+        SUBJECTS[split],
+    )
+    weights = rng.choices(((8, 1, 1), (2, 7, 1), (3, 3, 4)), (5, 2, 4))[0]
     chosen: dict[tuple[str, str], None] = {subject: None}
     while len(chosen) <= count:
-        drawn = rng.random()
-        pool = SUBJECTS[split]
-        if drawn < 0.35:
-            pool = tuple(one for one in pool if one[1] == product) or pool
-        elif drawn < 0.65:
-            pool = tuple(one for one in pool if one[0] == topic)
-        chosen[rng.choice(pool if drawn < 0.65 else SUBJECTS[split])] = None
+        chosen[rng.choice(rng.choices(pools, weights)[0])] = None
     return [one for one in chosen if one != subject]
 
 
@@ -244,7 +244,8 @@ def example(rng: random.Random, split: Split, *, most_articles: int = 4, kind: K
     """Draw one example with its context: one to four articles in any order, sometimes known account records."""
     kind = kind or rng.choices(("policy", "lookup", "record", "ticket"), (48, 22, 12, 18))[0]
     subject = rng.choice(SUBJECTS[split])
-    count = rng.randint(1 if kind == "policy" else 0, most_articles)
+    least = 1 if kind == "policy" else 0
+    count = max(rng.randint(least, most_articles), rng.randint(least, most_articles))  # search mostly finds four
     subjects = [subject, *_distractors(rng, split, subject, count - 1)] if count else []
     identities = _numbers(rng, split, count)
     articles = [_article(rng, identity, "", one) for identity, one in zip(identities, subjects, strict=True)]

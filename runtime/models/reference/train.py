@@ -1,6 +1,6 @@
 """How was the reference model trained, and how is it trained again?
 
-    python -m runtime.models.reference.train --minutes 70 --output FOLDER
+    python -m runtime.models.reference.train --minutes 68 --output FOLDER
 
 One thread of a CPU is enough. The learning rate's schedule follows the clock, so a second training reaches the same
 accuracy only statistically, not the same weights.
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from runtime.models.reference.batches import Batch, Source
+from runtime.models.reference.initial import initialize
 from runtime.models.reference.network import Network, Shape
 from runtime.models.reference.optimizer import Muon
 
@@ -43,11 +44,11 @@ class Recipe:
     momentum: float = 0.95
     decay: float = 0.01
     warmup_steps: int = 60
-    constant_until: float = 0.55
+    constant_until: float = 0.35
     copying_first: float = 0.7
-    copying_later: float = 0.15
-    copying_first_until: float = 0.06
-    copying_later_from: float = 0.15
+    copying_later: float = 0.1
+    copying_first_until: float = 0.03
+    copying_later_from: float = 0.1
     checkpoint_minutes: float = 5.0
 
     def scale(self, step: int, done: float) -> float:
@@ -102,6 +103,7 @@ class Training:
         torch.manual_seed(recipe.seed)
         self.recipe, self.folder = recipe, folder
         self.network = Network(Shape.read(HERE / "config.json"))
+        initialize(self.network)
         if start is not None:
             self.network.load_state_dict(load_file(start / "model.safetensors"))
         tokenizer: Tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
@@ -161,7 +163,7 @@ class Training:
 def main() -> None:
     """Train from the command line."""
     parser = argparse.ArgumentParser(description="Train the reference model on generated support questions.")
-    parser.add_argument("--minutes", type=float, default=70.0, help="wall-clock length of the training")
+    parser.add_argument("--minutes", type=float, default=68.0, help="wall-clock length of the training")
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, default=None, help="folder with weights to start from")
