@@ -1,0 +1,65 @@
+"""How fast did tokens come?  First token, gaps and rate of one generation, and how many requests kept an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+@dataclass(frozen=True)
+class TokenLatency:
+    """How one generation's tokens arrived, in microseconds from its scheduled arrival."""
+
+    first_us: int
+    """TTFT: from scheduled arrival to the first token, so a late client cannot hide queueing (LoadGen)."""
+    end_us: int
+    """End to end: to the last token."""
+    gaps_us: tuple[int, ...]
+    """ITL: between neighbouring tokens."""
+
+    @property
+    def per_token_us(self) -> float | None:
+        """TPOT: (last - first) / (tokens - 1); None for a single token, which has no rate (vLLM, LoadGen)."""
+        return sum(self.gaps_us) / len(self.gaps_us) if self.gaps_us else None
+
+
+def token_latency(scheduled_us: int, emitted_us: Sequence[int]) -> TokenLatency | None:
+    """Measure a generation from the times at which its tokens were emitted; None where there were none.
+
+    Raises:
+        ValueError: times that run backwards.
+    """
+    if not emitted_us:
+        return None
+    times = (scheduled_us, *emitted_us)
+    if any(later < earlier for earlier, later in pairwise(times)):
+        raise ValueError("tokens were emitted before the arrival or before each other; are these times of one clock?")
+    gaps = tuple(later - earlier for earlier, later in pairwise(emitted_us))
+    return TokenLatency(emitted_us[0] - scheduled_us, emitted_us[-1] - scheduled_us, gaps)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a request must keep to be good; None asks nothing."""
+
+    first_us: int | None = None
+    per_token_us: float | None = None
+    end_us: int | None = None
+
+    def met_by(self, latency: TokenLatency | None) -> bool:
+        """Say whether all limits were kept; a request without tokens keeps none, one token has no rate to break."""
+        if latency is None:
+            return False
+        rate = latency.per_token_us
+        return (
+            (self.first_us is None or latency.first_us <= self.first_us)
+            and (self.per_token_us is None or rate is None or rate <= self.per_token_us)
+            and (self.end_us is None or latency.end_us <= self.end_us)
+        )
+
+
+def attainment(latencies: Iterable[TokenLatency | None], objective: Objective) -> tuple[int, int]:
+    """Count good requests and all sent ones; a request that failed (None) was sent, and is not good."""
+    kept = [objective.met_by(latency) for latency in latencies]
+    return sum(kept), len(kept)
