@@ -1,0 +1,177 @@
+"""One request's trouble is its own: refusals, cancellation, deadlines, failing calls and callbacks; all is recorded."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from manifests.scheduling import SchedulingManifest
+from runtime.engine.errors import EngineFailed, SamplingRefused, SequenceRefused
+from runtime.engine.generation import GenerationRequest, Sampling, TokenRecord
+from runtime.engine.loop import Engine
+from tests.runtime.engine.recorded import plans_of, record, requests_with_shared_prefixes, stored_pair
+from tests.runtime.engine.toy import ListRecorder, ToyExecutor, ToyModel
+from traces.failures import FailureClass
+
+SCHEDULING = SchedulingManifest(max_num_seqs=4, max_num_batched_tokens=32, num_blocks=16)
+
+
+def request(name: str = "one", *, prompt: tuple[int, ...] = (1, 2, 3), **fields: object) -> GenerationRequest:
+    """A short greedy request."""
+    sampling = Sampling(max_tokens=fields.pop("max_tokens", 5), stop_token_ids=fields.pop("stop", ()))  # type: ignore[arg-type]
+    return GenerationRequest(name, "tenant", prompt, sampling, **fields)  # type: ignore[arg-type]
+
+
+@contextmanager
+def engine(executor: ToyExecutor | None = None, scheduling: SchedulingManifest = SCHEDULING) -> Iterator[Engine]:
+    """A live engine on the toy."""
+    with Engine(ToyModel(executor or ToyExecutor()), scheduling, ListRecorder()) as live:
+        yield live
+
+
+def test_a_result_carries_its_evidence_and_its_times_add_up() -> None:
+    """Tokens, records, steps, and queue + prefill + decode = the recorded whole."""
+    recording = record(ToyModel(ToyExecutor()), SCHEDULING, [request(max_tokens=6, prompt=tuple(range(40)))])
+    (result,) = recording.results
+    assert result.finish_reason == "length"
+    assert [one.token for one in result.records] == list(result.tokens)
+    assert [one.position for one in result.records] == list(range(40, 46))
+    assert result.steps == tuple(range(7))
+    assert [one.step for one in result.records] == list(range(1, 7))
+    (ended,) = [c for n, p, c in recording.recorder.events if n == "engine.sequence" and p["phase"] == "finished"]
+    assert result.queue_us + result.prefill_us + result.decode_us == ended["duration_us"]
+    assert stored_pair(recording.recorder, "one") == (recording.requests[0], result)
+
+
+def test_stop_tokens_end_a_sequence() -> None:
+    """The stop token is the last token."""
+    with engine() as live:
+        free = live.submit(request(max_tokens=8)).wait(10)
+        stop = next(token for place, token in enumerate(free.tokens) if place >= 2)
+        first = free.tokens.index(stop)
+        stopped = live.submit(request(max_tokens=8, stop=(stop,))).wait(10)
+    assert stopped.tokens == free.tokens[: first + 1]
+    assert stopped.finish_reason == "stop"
+
+
+def test_forced_tokens_are_fed_and_the_choice_is_recorded() -> None:
+    """The records say what would have been chosen under the forced history."""
+    with engine() as live:
+        free = live.submit(request(max_tokens=4)).wait(10)
+        other = tuple((token + 1) % 50 for token in free.tokens)
+        forced = live.submit(request(max_tokens=4, forced_tokens=other)).wait(10)
+    assert forced.tokens == other
+    assert forced.records[0].token == free.tokens[0]
+    assert forced.records[0].logits_digest == free.records[0].logits_digest
+    assert forced.records[1].logits_digest != free.records[1].logits_digest
+
+
+def test_malformed_and_oversized_requests_are_refused_and_others_go_on() -> None:
+    """Nothing is queued for them."""
+    with engine() as live:
+        with pytest.raises(SequenceRefused):
+            live.submit(request(prompt=(1,) * 250, max_tokens=20))
+        with pytest.raises(SamplingRefused):
+            live.submit(request(prompt=()))
+        with pytest.raises(SamplingRefused):
+            live.submit(request(prompt=(50,)))
+        assert live.submit(request()).wait(10).finish_reason == "length"
+
+
+def test_a_failing_call_fails_its_own_rows_only() -> None:
+    """The planted token kills one request; its neighbours, and the engine, live."""
+    with engine(ToyExecutor(fail_on=49)) as live:
+        handles = [live.submit(request(str(n), prompt=(n + 1,) * 20, max_tokens=3)) for n in range(2)]
+        bad = live.submit(request("bad", prompt=(49, 1)))
+        with pytest.raises(EngineFailed) as caught:
+            bad.wait(10)
+        assert caught.value.failure_class is FailureClass.MODEL_PROVIDER
+        assert live.submit(request("after")).wait(10).finish_reason == "length"
+        assert all(handle.done for handle in handles)
+
+
+def test_cancelling_frees_the_blocks_and_names_who_asked() -> None:
+    """A cancelled sequence ends once, with what it had produced."""
+    seen = threading.Event()
+    recorder = ListRecorder()
+    with Engine(ToyModel(ToyExecutor()), SCHEDULING, recorder) as live:
+        handle = live.submit(request(max_tokens=200), lambda _: seen.set())
+        seen.wait(10)
+        handle.cancel("operator")
+        handle.cancel("again")
+        result = handle.wait(10)
+    assert result.finish_reason == "cancelled"
+    assert result.cancel_origin == "operator"
+    assert 1 <= len(result.tokens) < 200
+    assert [r.reason for plan in plans_of(recorder) for r in plan.releases] == ["cancelled"]
+    assert recorder.events[-1][2]["kv_blocks"] == 0
+
+
+def test_a_passed_deadline_gives_the_partial_output() -> None:
+    """By an injected clock: one microsecond a look."""
+    ticks = iter(range(1_000_000))
+    with Engine(ToyModel(ToyExecutor()), SCHEDULING, ListRecorder(), clock=lambda: next(ticks)) as live:
+        result = live.submit(request(max_tokens=200, deadline_us=100)).wait(10)
+    assert result.finish_reason == "deadline"
+    assert 0 < len(result.tokens) < 200
+
+
+def test_a_raising_callback_cancels_its_own_sequence() -> None:
+    """The engine goes on."""
+
+    def broken(_: TokenRecord) -> None:
+        raise OSError("gone")
+
+    with engine() as live:
+        handle = live.submit(request(max_tokens=100), broken)
+        assert handle.wait(10).cancel_origin == "token_callback_failed"
+        assert live.submit(request()).wait(10).finish_reason == "length"
+
+
+def test_closing_ends_what_is_left_and_draining_finishes_it() -> None:
+    """Nobody waits for ever."""
+    live = Engine(ToyModel(ToyExecutor()), SCHEDULING, ListRecorder())
+    handles = [live.submit(request(str(n), max_tokens=200)) for n in range(8)]
+    live.close()
+    assert {handle.wait(1).cancel_origin for handle in handles} <= {None, "engine_closed"}
+    with pytest.raises(SequenceRefused):
+        live.submit(request())
+    draining = Engine(ToyModel(ToyExecutor()), SCHEDULING, ListRecorder())
+    handles = [draining.submit(request(str(n))) for n in range(8)]
+    draining.close(drain=True)
+    assert {handle.wait(1).finish_reason for handle in handles} == {"length"}
+
+
+def test_generate_streams_on_the_event_loop_and_cancels_with_its_caller() -> None:
+    """Every token arrives before the result; a cancelled task leaves no sequence behind."""
+
+    async def scenario() -> None:
+        with engine() as live:
+            seen: list[int] = []
+            results = await asyncio.gather(
+                live.generate(request("a"), lambda record: seen.append(record.token)), live.generate(request("b"))
+            )
+            assert tuple(seen) == results[0].tokens
+            first = asyncio.Event()
+            task = asyncio.create_task(live.generate(request("c", max_tokens=200), lambda _: first.set()))
+            await first.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(scenario())
+
+
+def test_every_sequence_is_recorded_in_and_out_and_plans_are_small() -> None:
+    """Two lines a sequence, dense step numbers, about ten bytes a token."""
+    requests = requests_with_shared_prefixes(30, seed=3, vocab_size=50)
+    recording = record(ToyModel(ToyExecutor()), SCHEDULING, requests, cancel_every=9)
+    phases = [payload["phase"] for name, payload, _ in recording.recorder.events if name == "engine.sequence"]
+    assert phases.count("admitted") == phases.count("finished") == 30
+    assert [plan.step for plan in recording.plans] == list(range(len(recording.plans)))
+    size = sum(len(plan.encode()) for plan in recording.plans)
+    assert size / sum(plan.token_count for plan in recording.plans) < 13
