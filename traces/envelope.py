@@ -134,6 +134,15 @@ ENVELOPE_COLUMNS: frozenset[str] = frozenset(TraceEvent.__struct_fields__)
 # Columns that the recorder fills itself: a caller that gives them would break identity or order.
 RECORDER_COLUMNS: frozenset[str] = frozenset({"event_id", "outbox", "outbox_seq", "durability", "schema_version"})
 
+# Columns that take any string: secrets are looked for in them.
+TEXT_COLUMNS: tuple[str, ...] = (
+    *("event_type", "run_id", "component", "component_version", "operation", "trace_id", "span_id", "parent_span_id"),
+    *("request_ref", "conversation_ref", "manifest_digest", "model_route", "provider", "request_model"),
+    *("response_model", "gen_policy_digest", "temperature", "top_p", "engine_id", "batch_id", "finish_reason"),
+    *("error_type", "tool_name", "tool_version", "tool_call_id", "policy_decision", "policy_version"),
+    *("input_ref", "result_ref"),
+)
+
 # Named by the specification's example, or never exported at all.
 _SPECIAL_EXPORT = frozenset({"ts_us", "duration_us", "tool_name", "tool_version", "tool_call_id", "idempotency_ref"})
 

@@ -19,7 +19,7 @@ from typing import Any, Self
 import msgspec
 from msgspec.structs import force_setattr
 
-from traces.envelope import RECORDER_COLUMNS, SCHEMA_VERSION, TraceEvent, encode
+from traces.envelope import RECORDER_COLUMNS, SCHEMA_VERSION, TEXT_COLUMNS, TraceEvent, encode
 from traces.evidence import PREFIX, hex_digest
 from traces.failures import EventRefused
 from traces.ledger.blobs import BlobStore
@@ -30,6 +30,8 @@ from traces.redaction import POLICY_VERSION, Redactor
 
 # Evidence up to this size rides in the outbox, so that one fsync covers it and the event that names it.
 INLINE_BLOB_BYTES = 262_144
+
+PSEUDONYMS = (("actor", "actor_ref"), ("tenant", "tenant_ref"), ("idempotency", "idempotency_ref"))
 
 
 def system_clock() -> tuple[int, int]:
@@ -178,16 +180,23 @@ class Recorder:
 
     def stamp(self, event: TraceEvent, outbox: str, *, seq: int, mandatory: bool) -> bytes:
         """Redact, identify and encode an event (called by the outbox's thread, in order)."""
-        payload, hidden = self._redactor.payload(event.payload)
-        force_setattr(event, "payload", payload)
+        redactor = self._redactor
+        payload = redactor.payload(event.payload)
+        hidden = payload.hidden
+        force_setattr(event, "payload", payload.value)
+        for name in TEXT_COLUMNS:
+            text: str | None = getattr(event, name)
+            if text is not None:
+                cleaned = redactor.text(text)
+                if cleaned != text:
+                    hidden = True
+                    force_setattr(event, name, cleaned)
+        for kind, name in PSEUDONYMS:
+            text = getattr(event, name)
+            if text is not None:
+                force_setattr(event, name, redactor.pseudonym(kind, text))
         force_setattr(event, "redaction_status", "payload-redacted" if hidden else "clean")
         force_setattr(event, "redaction_policy", POLICY_VERSION)
-        for kind in ("actor", "tenant"):
-            name = getattr(event, f"{kind}_ref")
-            if name is not None:
-                force_setattr(event, f"{kind}_ref", self._redactor.pseudonym(kind, name))
-        if event.idempotency_ref is not None:
-            force_setattr(event, "idempotency_ref", self._redactor.pseudonym("idem", event.idempotency_ref))
         if event.track is None and event.stage is not None:
             force_setattr(event, "track", event.stage.track)
         force_setattr(event, "event_id", self._ids())
