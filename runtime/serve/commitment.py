@@ -6,7 +6,6 @@ memory says where it came from and how long it stays. All mandatory evidence so 
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +121,7 @@ async def _remember(
     stored = await services.effects.perform(
         "memory",
         {"tenant": accepted.tenant, "memory_id": memory_id, "document": document},
-        lambda: asyncio.to_thread(services.world.remember, accepted.tenant, memory_id, document),
+        lambda: services.world.remember(accepted.tenant, memory_id, document),
         side_effect="reversible",
     )
     await trace.commit(

@@ -138,8 +138,6 @@ async def _run(services: Services, decision: RouteDecision, request: GenerationR
     except ClassifiedError as error:
         failure = error
     _, ended = services.stamp()
-    healthy = not (isinstance(failure, ClassifiedError) and failure.failure_class is FailureClass.MODEL_PROVIDER)
-    services.report(decision.route.name, healthy and (result is None or result.finish_reason != "error"))
     waited = submitted - opened.mono_us + (0 if result is None else result.queue_us)
     return Execution(
         request=request,
@@ -205,7 +203,7 @@ def _emitted(accepted: Accepted, decision: RouteDecision, execution: Execution) 
     steps = () if result is None else result.steps
     record = {
         "batch_membership": {
-            "engine": scheduling.engine_id,
+            "engine": decision.binding.engine_id,
             "first_step": steps[0] if steps else None,
             "last_step": steps[-1] if steps else None,
             "steps": len(steps),
@@ -214,5 +212,5 @@ def _emitted(accepted: Accepted, decision: RouteDecision, execution: Execution) 
         "queue_us": None if result is None else result.queue_us,
         "queue_depth": None,
     }
-    columns = {"engine_id": scheduling.engine_id, "kv_blocks": blocks, "step": steps[0] if steps else None}
+    columns = {"engine_id": decision.binding.engine_id, "kv_blocks": blocks, "step": steps[0] if steps else None}
     return Emitted(document=document, record=record, columns=columns)

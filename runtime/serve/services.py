@@ -42,6 +42,8 @@ class RouteBinding:
     """A route as it stands when the request arrives: a loaded package and the service that generates with it."""
 
     route: str
+    engine_id: str
+    """Which engine's events tell how this route ran."""
     service: GenerationService
     encode: Callable[[str], Sequence[int]]
     """Text to token ids, role markers as special tokens."""
@@ -74,7 +76,7 @@ class World(Protocol):
         self, name: str, arguments: dict[str, Any], *, tenant: str, idempotency_key: str, timeout_us: int
     ) -> Awaitable[dict[str, Any]]: ...
 
-    def remember(self, tenant: str, memory_id: str, document: dict[str, Any]) -> dict[str, Any]: ...
+    def remember(self, tenant: str, memory_id: str, document: dict[str, Any]) -> Awaitable[dict[str, Any]]: ...
 
 
 class AbsentWorld:
@@ -106,7 +108,7 @@ class AbsentWorld:
         """Refuse."""
         raise _absent("the tool server")
 
-    def remember(self, tenant: str, memory_id: str, document: dict[str, Any]) -> dict[str, Any]:
+    async def remember(self, tenant: str, memory_id: str, document: dict[str, Any]) -> dict[str, Any]:
         """Refuse."""
         raise _absent("the memory store")
 
@@ -172,8 +174,6 @@ class Services:
     """Called with a stage's word and `started`, `completed` or `failed`."""
     stamp: Callable[[], tuple[int, int]] = system_clock
     """UTC and monotonic microseconds for event columns; no decision reads it."""
-    report: Callable[[str, bool], None] = lambda route, healthy: None
-    """Told after each generation whether the route worked; feeds the circuit breaker."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Stage 7. May the tool call that the model proposes be carried out, and what came of it?
 
 The proposal is untrusted. Schema, permission and ownership are checked outside the model; the decision is durable
-before the adapter acts; the tenant travels outside the model's arguments; a write carries an idempotency key. A failed attempt
-is followed by what the retry rules decide, never by a loop.
+before the adapter acts; the tenant travels outside the model's arguments; a write carries an idempotency key. A failed
+attempt is followed by what the retry rules decide, never by a loop.
 """
 
 from __future__ import annotations
