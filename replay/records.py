@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,7 @@ def load_run(ledger: Ledger, run_id: str) -> RecordedRun:
             shared.append(event)
         else:
             grouped.setdefault(event.request_ref, []).append(event)
-    requests = {ref: _request(ledger, run_id, ref, found) for ref, found in grouped.items()}
+    requests = {ref: recorded_request(ledger.read_blob, run_id, ref, found) for ref, found in grouped.items()}
     return RecordedRun(run_id=run_id, started=started, requests=requests, shared=tuple(shared))
 
 
@@ -102,7 +102,20 @@ def load_request(ledger: Ledger, run_id: str, request_ref: str) -> RecordedReque
     events = ledger.events(run_id=run_id, request_ref=request_ref)
     if not events:
         raise IncompleteRecord(f"run {run_id} has no events of {request_ref}", missing="request")
-    return _request(ledger, run_id, request_ref, events)
+    return recorded_request(ledger.read_blob, run_id, request_ref, events)
+
+
+def recorded_request(
+    read_blob: Callable[[str], bytes], run_id: str, request_ref: str, events: Sequence[TraceEvent]
+) -> RecordedRequest:
+    """Return one request from its events, with the documents that name its input and its pins."""
+    manifest = next((event for event in reversed(events) if event.event_type == "request.manifest"), None)
+    accepted = next((event for event in events if event.event_type == "request.accepted"), None)
+    pins = None
+    if manifest is not None and manifest.result_ref is not None:
+        pins = Pins.from_documents(json.loads(read_blob(manifest.result_ref)))
+    envelope = read_blob(accepted.input_ref) if accepted is not None and accepted.input_ref else None
+    return RecordedRequest(run_id=run_id, request_ref=request_ref, events=tuple(events), pins=pins, envelope=envelope)
 
 
 def to_request_record(request: RecordedRequest, generations: Sequence[GenerationRecord] = ()) -> RequestRecord:
@@ -196,17 +209,6 @@ def name_of(reference: str | None) -> str | None:
     return None if reference is None else f"sha256:{hex_digest(reference)}"
 
 
-def _request(ledger: Ledger, run_id: str, request_ref: str, events: Sequence[TraceEvent]) -> RecordedRequest:
-    """Read the blobs that name a request's input and pins."""
-    manifest = next((event for event in reversed(events) if event.event_type == "request.manifest"), None)
-    accepted = next((event for event in events if event.event_type == "request.accepted"), None)
-    pins = None
-    if manifest is not None and manifest.result_ref is not None:
-        pins = Pins.from_documents(json.loads(ledger.read_blob(manifest.result_ref)))
-    envelope = ledger.read_blob(accepted.input_ref) if accepted is not None and accepted.input_ref else None
-    return RecordedRequest(run_id=run_id, request_ref=request_ref, events=tuple(events), pins=pins, envelope=envelope)
-
-
 def _stage(key: tuple[str, int], started: TraceEvent, end: TraceEvent | None) -> StageRecord:
     record: Mapping[str, Any] = end.payload.get("record", {}) if end else {}
     decision = record.get("disposition") or record.get("admission") or record.get("status")
@@ -225,8 +227,7 @@ def _stage(key: tuple[str, int], started: TraceEvent, end: TraceEvent | None) ->
 def _tool_call(decided: TraceEvent, end: TraceEvent | None) -> ToolCallRecord:
     return ToolCallRecord(
         name=decided.tool_name or "unknown",
-        arguments_digest=name_of(decided.input_ref),
-        result_digest=name_of(end.result_ref) if end else None,
+        arguments_digest=name_of(decided.payload.get("arguments_ref")),
         decision=decided.policy_decision,
         side_effect=(end.side_effect if end else decided.side_effect) or "none",
         attempt=decided.attempt or 1,
@@ -238,7 +239,7 @@ def _failure(terminal: TraceEvent | None) -> FailureRecord | None:
         return None
     return FailureRecord(
         failure_class=terminal.failure_class.value,
-        stage=terminal.payload.get("failed_stage"),
+        stage=terminal.payload.get("stage"),
         retry_decision=terminal.retry_decision,
         error_type=terminal.error_type,
         evidence=terminal.payload.get("evidence", {}),

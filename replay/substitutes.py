@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from manifests.diff import diff
 from manifests.errors import ManifestError
 from manifests.run import Pins, parse_setting
 from replay.errors import PinRefused
@@ -164,21 +165,25 @@ def tool_result(substitution: Substitution) -> tuple[str, Any]:
         ) from None
 
 
-def changes(before: Pins, after: Pins, substitutions: Iterable[Substitution]) -> tuple[dict[str, Any], ...]:
-    """List what was set as {"pin", "original", "replay"}; what already had that value is not a change."""
+OBSERVED = frozenset({"context.context_digest", "context.source_snapshots"})
+"""Pins that are observations of a run: they follow from the others and are never set."""
+
+
+def pin_changes(
+    original: Pins | None, replay: Pins | None, substitutions: Iterable[Substitution]
+) -> tuple[dict[str, Any], ...]:
+    """List every pin that is not the same in the replay as {"pin", "original", "replay", "set"}.
+
+    `set` tells what the caller asked for from what follows from it (another backend has other versions).
+    """
+    chosen = tuple(substitutions)
     found: list[dict[str, Any]] = []
-    for substitution in substitutions:
-        if substitution.way is Way.TOOL_RESULT:
-            found.append({"pin": substitution.pin, "original": "as recorded", "replay": substitution.value})
-            continue
-        old, new = _value(before, substitution.pin), _value(after, substitution.pin)
-        if old != new:
-            found.append({"pin": substitution.pin, "original": old, "replay": new})
-    return tuple(found)
-
-
-def _value(pins: Pins, pin: str) -> Any:
-    """Return the plain JSON value of a pin; None where a mapping has no such entry."""
-    dimension, field, *key = pin.split(".", 2)
-    value: Any = pins.dimension(dimension).to_document().get(field)
-    return value.get(key[0]) if key and isinstance(value, dict) else value
+    if original is not None and replay is not None:
+        for difference in diff(original, replay):
+            if not any(difference.path.startswith(pin) for pin in OBSERVED):
+                asked = any(difference.path == one.pin or difference.path.startswith(f"{one.pin}.") for one in chosen)
+                change = {"pin": difference.path, "original": difference.left, "replay": difference.right}
+                found.append(change | {"set": asked})
+    results = (one for one in chosen if one.way is Way.TOOL_RESULT)
+    found.extend({"pin": one.pin, "original": "as recorded", "replay": one.value, "set": True} for one in results)
+    return tuple(sorted(found, key=lambda change: not change["set"]))

@@ -6,7 +6,7 @@ import pytest
 
 from manifests.run import DIMENSIONS
 from replay.errors import PinRefused
-from replay.substitutes import Way, apply_to_pins, changes, check_values, parse_substitutions, tool_result
+from replay.substitutes import Way, apply_to_pins, check_values, parse_substitutions, pin_changes, tool_result
 from tests.replay.pins import made_up_pins
 
 
@@ -75,12 +75,15 @@ def test_a_tool_result_must_be_json() -> None:
     assert tool_result(good) == ("lookup_account", {"plan": "gold"})
 
 
-def test_changes_names_only_what_became_different() -> None:
+def test_changes_name_what_became_different_and_who_asked_for_it() -> None:
     before = made_up_pins()
-    settings = ["generation.seed=1", "generation.temperature=0.8", "hardware.environment.MKL_CBWR=AVX2"]
+    settings = ["generation.seed=1", "generation.temperature=0.8", 'tools.result.lookup_account={"plan":"gold"}']
     substitutions = parse_substitutions(settings)
-    after = apply_to_pins(before, substitutions)
-    assert [(one["pin"], one["original"], one["replay"]) for one in changes(before, after, substitutions)] == [
-        ("generation.temperature", "0", "0.8"),
-        ("hardware.environment.MKL_CBWR", None, "AVX2"),
+    after = apply_to_pins(before, substitutions).set("hardware.environment.MKL_CBWR", "AVX2")
+    found = pin_changes(before, after, substitutions)
+    assert [(one["pin"], one["original"], one["replay"], one["set"]) for one in found] == [
+        ("generation.temperature", "0", "0.8", True),
+        ("tools.result.lookup_account", "as recorded", '{"plan":"gold"}', True),
+        ("hardware.environment.MKL_CBWR", None, "AVX2", False),
     ]
+    assert pin_changes(before, before, ()) == ()

@@ -1,0 +1,92 @@
+"""Who answers when a replayed request asks for tokens?  A plan player, or, in an audit, the record itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from replay.errors import IncompleteRecord
+from replay.generations import RecordedSequence
+from replay.jobs import ReplayMode
+from runtime.engine.generation import GenerationRequest, GenerationResult, OnToken
+
+if TYPE_CHECKING:
+    from runtime.engine.playback import PlanPlayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """One generation of a replay: what was asked, what came, and whether it followed the recorded rows.
+
+    followed  the recorded generation whose plans it ran along; None when it was scheduled alone
+    """
+
+    request: GenerationRequest
+    result: GenerationResult
+    followed: RecordedSequence | None
+
+
+@dataclass(kw_only=True)
+class PlayedGenerations:
+    """Runs generations along the recorded plans; a GenerationService for one request and one package.
+
+    player     gives the plan player for a recorded engine
+    engine_id  the engine of the route, for what no engine recorded (one more turn)
+    recorded   the request's recorded generations by sequence id
+    mode       faithful, alone or forced
+    done       what was generated so far, over all routes of the request
+    """
+
+    player: Callable[[str], PlanPlayer]
+    engine_id: str
+    recorded: Mapping[str, RecordedSequence]
+    mode: ReplayMode
+    done: list[Generated]
+
+    async def generate(self, request: GenerationRequest, on_token: OnToken | None = None) -> GenerationResult:
+        """Run one generation; plans fit only the prompt that they were made for, so another prompt runs alone."""
+        known = self.recorded.get(request.sequence_id)
+        same = known is not None and known.request is not None and known.request.prompt == request.prompt
+        known = known if same else None
+        player = self.player(self.engine_id if known is None else known.engine_id)
+        before = None if known is None else known.result
+        if known is None or self.mode == "alone" or (self.mode == "forced" and before is None):
+            result = player.replay(request, "alone", None, on_token=on_token)
+            self.done.append(Generated(request=request, result=result, followed=None))
+        else:
+            mode = "forced" if self.mode == "forced" else "faithful"
+            result = player.replay(request, mode, before, on_token=on_token)
+            self.done.append(Generated(request=request, result=result, followed=known))
+        return _end(result)
+
+
+@dataclass(kw_only=True)
+class AuditedGenerations:
+    """Answers generations from the record: no model runs; a GenerationService for one request."""
+
+    recorded: Mapping[str, RecordedSequence]
+    done: list[Generated]
+
+    async def generate(self, request: GenerationRequest, on_token: OnToken | None = None) -> GenerationResult:
+        """Return the recorded result; IncompleteRecord when this prompt was never run."""
+        known = self.recorded.get(request.sequence_id)
+        if known is None or known.result is None or known.request is None or known.request.prompt != request.prompt:
+            raise IncompleteRecord(
+                f"the record has no generation {request.sequence_id} for this prompt, and an audit runs no model",
+                missing="generation",
+                fix="Replay with --mode faithful: what changed reaches the model.",
+            )
+        for record in known.result.records:
+            if on_token is not None:
+                on_token(record)
+        self.done.append(Generated(request=request, result=known.result, followed=known))
+        return _end(known.result)
+
+
+def _end(result: GenerationResult) -> GenerationResult:
+    """Return a result, or end as the caller ended it: who cancelled by going away sees no result."""
+    if result.finish_reason == "cancelled" and result.cancel_origin == "caller":
+        raise asyncio.CancelledError
+    return result

@@ -1,0 +1,80 @@
+"""Which prepared packages does a replay run, loaded once for all requests, and how do they stand on routes?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from manifests.hardware import HardwareManifest
+from manifests.scheduling import SchedulingManifest
+from runtime.engine.plan import SequenceEntry, StepPlan
+
+if TYPE_CHECKING:
+    from runtime.engine.generation import GenerationService
+    from runtime.engine.playback import PlanPlayer
+    from runtime.serve.services import RouteBinding
+
+
+class Models:
+    """Loads packages and makes plan players; each package and each player is made once."""
+
+    def __init__(
+        self,
+        ledger: Path,
+        *,
+        threads: int,
+        plans: Mapping[str, Sequence[StepPlan]],
+        sequences: Mapping[str, Sequence[SequenceEntry]],
+        on_loading: Callable[[str], None] = lambda package: None,
+    ) -> None:
+        self._ledger = ledger
+        self._threads = threads
+        self._plans = plans
+        self._sequences = sequences
+        self._on_loading = on_loading
+        self._loaded: dict[str, Any] = {}
+        self._players: dict[tuple[str, str, str], PlanPlayer] = {}
+
+    def load(self, package: str) -> Any:
+        """Return the loaded package, its digests verified; raises the store's errors."""
+        if package not in self._loaded:
+            from runtime.prepare.load import load_package
+            from runtime.prepare.store import PackageStore
+
+            self._on_loading(package)
+            self._loaded[package] = load_package(PackageStore(self._ledger), package, threads=self._threads)
+        return self._loaded[package]
+
+    def player(self, package: str, engine_id: str, scheduling: SchedulingManifest) -> PlanPlayer:
+        """Return the player of one recorded engine's plans on a package."""
+        key = (package, engine_id, scheduling.digest)
+        if key not in self._players:
+            from runtime.engine.playback import PlanPlayer
+
+            model = self.load(package)
+            self._players[key] = PlanPlayer(
+                model.executor,
+                model.tokenizer,
+                scheduling,
+                self._plans.get(engine_id, ()),
+                self._sequences.get(engine_id, ()),
+            )
+        return self._players[key]
+
+    def bind(
+        self,
+        route: str,
+        package: str,
+        service: GenerationService,
+        *,
+        hardware: HardwareManifest,
+        scheduling: SchedulingManifest,
+        engine_id: str,
+    ) -> RouteBinding:
+        """Put a package on a route, with the service that generates for it."""
+        from runtime.serve.session import bind_route
+
+        return bind_route(
+            route, self.load(package), service, scheduling=scheduling, hardware=hardware, engine_id=engine_id
+        )

@@ -1,0 +1,94 @@
+"""Which prepared package runs when a replay asks for another backend, precision or flag?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from manifests.artifact import ArtifactManifest
+from manifests.compiler import CompilerManifest
+from manifests.run import Pins
+from replay.errors import PinRefused
+from replay.substitutes import Substitution, Way, apply_to_pins
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One prepared package as the store describes it."""
+
+    digest: str
+    artifact: ArtifactManifest
+    compiler: CompilerManifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageChoice:
+    """Chooses the package for a request: the recorded one unless a substitution asks for another."""
+
+    substitutions: tuple[Substitution, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+
+    @property
+    def changes(self) -> bool:
+        """Whether any substitution asks for another package."""
+        return bool(self._asked())
+
+    def choose(self, recorded: str, pins: Pins) -> str:
+        """Return the package to run instead of `recorded`; PinRefused names the pin that no package has."""
+        asked = self._asked()
+        if not asked:
+            return recorded
+        named = next((one for one in asked if one.pin == "artifact.package_digest"), None)
+        if named is not None:
+            return self._by_digest(named)
+        before = next((one for one in self.candidates if one.digest == recorded), None)
+        base = pins if before is None else pins.replace(artifact=before.artifact, compiler=before.compiler)
+        wanted = apply_to_pins(base, asked).compiler
+        fitting = [
+            one
+            for one in self.candidates
+            if one.artifact.model_digest == base.artifact.model_digest and _has(one.compiler, wanted, asked)
+        ]
+        if not fitting:
+            raise PinRefused(
+                f"no prepared package of this model has {', '.join(one.setting for one in asked)}",
+                pin=asked[0].pin,
+                fix="Prepare one: replaylab prepare MODEL "
+                f"--backend {wanted.backend} --precision {wanted.precision}, then replay again.",
+            )
+        # the fewest other changes: what was not asked for should stay as it was
+        return min(fitting, key=lambda one: (_distance(one.compiler, wanted), one.digest)).digest
+
+    def _asked(self) -> tuple[Substitution, ...]:
+        return tuple(one for one in self.substitutions if one.way is Way.PACKAGE)
+
+    def _by_digest(self, named: Substitution) -> str:
+        """Return the package whose digest is, or begins with, the value."""
+        value = named.value.removeprefix("sha256:")
+        found = sorted({one.digest for one in self.candidates if one.digest.removeprefix("sha256:").startswith(value)})
+        if len(found) != 1 or not value:
+            raise PinRefused(
+                f"{len(found)} prepared packages have a digest that begins with {named.value!r}",
+                pin=named.pin,
+                fix="List them: replaylab packages list",
+            )
+        return found[0]
+
+
+def _has(compiler: CompilerManifest, wanted: CompilerManifest, asked: Sequence[Substitution]) -> bool:
+    """Tell whether a package has every compiler pin that was asked for."""
+    return all(_value(compiler, one.pin) == _value(wanted, one.pin) for one in asked)
+
+
+def _value(compiler: CompilerManifest, pin: str) -> object:
+    _, field, *key = pin.split(".", 2)
+    value = getattr(compiler, field)
+    return value.get(key[0]) if key else value
+
+
+def _distance(compiler: CompilerManifest, wanted: CompilerManifest) -> int:
+    """Count the choices of a person that differ; versions and passes follow from them."""
+    fields = ("backend", "precision", "optimization_level", "batch_invariant")
+    other = sum(getattr(compiler, field) != getattr(wanted, field) for field in fields)
+    flags: Iterable[str] = compiler.flags.keys() | wanted.flags.keys()
+    return 10 * other + sum(compiler.flags.get(flag) != wanted.flags.get(flag) for flag in flags)
