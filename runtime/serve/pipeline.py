@@ -27,7 +27,7 @@ from runtime.serve.decode import Generated
 from runtime.serve.envelope import RequestEnvelope, ResponseEnvelope
 from runtime.serve.routing import RouteDecision
 from runtime.serve.services import Outcome, Services
-from runtime.serve.stage import RequestTrace, cancelled_by_caller
+from runtime.serve.stage import RequestTrace, cancelled_by_caller, unexpected_fault
 from runtime.serve.turns import Turn, grammar_of, prompt_of
 from traces.failures import ClassifiedError, FailureClass, RetryDecision, TelemetryPersistenceError, decide_retry
 from traces.stages import Stage
@@ -58,6 +58,8 @@ async def run_request(envelope: RequestEnvelope | bytes, services: Services, *, 
         raise
     except ClassifiedError as error:
         packaged, failure = None, error
+    except Exception as error:  # a fault between two stages: contained, classified, told
+        packaged, failure = None, unexpected_fault(Stage.RESPONSE, error)
     return await journey.conclude(packaged, failure)
 
 

@@ -20,7 +20,7 @@ from runtime.errors import DeadlineExceeded, ProviderFailed, RequestCancelled
 from runtime.serve.boundary import Accepted
 from runtime.serve.routing import RouteDecision, check_fit
 from runtime.serve.services import Services
-from runtime.serve.stage import Emitted, OpenStage, RequestTrace, Span, cancelled_by_caller
+from runtime.serve.stage import Emitted, OpenStage, RequestTrace, Span, cancelled_by_caller, unexpected_fault
 from runtime.serve.turns import Grammar
 from traces.failures import ClassifiedError, FailureClass
 from traces.stages import Stage
@@ -137,6 +137,8 @@ async def _run(services: Services, decision: RouteDecision, request: GenerationR
         failure = error
     except ClassifiedError as error:
         failure = error
+    except Exception as error:  # a fault of the service: contained, classified, told
+        failure = unexpected_fault(Stage.PREFILL if seen == 0 else Stage.DECODE, error)
     _, ended = services.stamp()
     waited = submitted - opened.mono_us + (0 if result is None else result.queue_us)
     return Execution(

@@ -109,13 +109,7 @@ class RequestTrace:
             self.fail(opened, error)
             raise
         except Exception as error:  # a fault of our own: contained, classified, told
-            failure = ProviderFailed(
-                f"The {stage.word} stage failed unexpectedly ({type(error).__name__}).",
-                reason="unexpected_fault",
-                stage=stage.value,
-                evidence={"error_class": type(error).__name__, "device_state": None},
-                fix="This is a fault of the runtime; report it with the trace id.",
-            )
+            failure = unexpected_fault(stage, error)
             self.fail(opened, failure)
             raise failure from error
         return emitted
@@ -223,4 +217,15 @@ def cancelled_by_caller(stage: Stage) -> RequestCancelled:
         reason="cancelled",
         stage=stage.value,
         evidence={"cancellation_origin": "caller"},
+    )
+
+
+def unexpected_fault(stage: Stage, error: Exception) -> ProviderFailed:
+    """Classify a fault of our own; its text stays in the process, only its type is told."""
+    return ProviderFailed(
+        f"The {stage.word} stage failed unexpectedly ({type(error).__name__}).",
+        reason="unexpected_fault",
+        stage=stage.value,
+        evidence={"error_class": type(error).__name__, "device_state": None},
+        fix="This is a fault of the runtime; report it with the trace id.",
     )

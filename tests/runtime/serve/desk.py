@@ -116,7 +116,8 @@ class Scripted:
             if on_token is not None:
                 on_token(record)
         return GenerationResult(
-            sequence_id=request.sequence_id, tokens=tokens, records=records, finish_reason="stop" if ended else "length",
+            sequence_id=request.sequence_id, tokens=tokens, records=records,
+            finish_reason="stop" if ended else "length",
             queue_us=100, prefill_us=200, decode_us=300, first_token_us=300, prompt_tokens=len(request.prompt),
             cached_tokens=0, steps=tuple(range(len(tokens))),
         )  # fmt: skip
