@@ -22,6 +22,7 @@ from runtime.engine.live import Handle, LiveSequence, LoopDelivery, monotonic_us
 from runtime.engine.plan import Call, StepPlan
 from runtime.engine.recording import EngineJournal, EventRecorder, StepTimes
 from runtime.engine.runner import CallRunner
+from runtime.engine.sampling import Scratch
 from runtime.engine.scheduler import check_fits, complete_step, new_state, plan_step, submit, withdraw
 from runtime.engine.sequence import check_request, choose_for, start_output
 from runtime.engine.settings import settings_for
@@ -64,6 +65,7 @@ class Engine:
         self._grammars = GrammarCompiler(model.tokenizer, vocab_size=self._vocab_size)
         self._journal = EngineJournal(recorder, engine_id=self.engine_id)
         self._runner = CallRunner(executor, self.settings, clock=clock)
+        self._scratch = Scratch()
         self._state = new_state(self.settings)
         self._live: dict[int, LiveSequence] = {}
         self._deadlines: list[tuple[int, int]] = []
@@ -244,7 +246,7 @@ class Engine:
             if not rows:
                 return
             live, logits = [live[row] for row in rows], logits[rows]
-        choices = choose_for([sequence.output for sequence in live], logits)
+        choices = choose_for([sequence.output for sequence in live], logits, scratch=self._scratch)
         now_us = self._clock()
         for row, sequence in enumerate(live):
             if sequence.first_token_us is None:

@@ -97,7 +97,23 @@ def uniforms(bases: Sequence[int], ordinals: Sequence[int]) -> Doubles:
     return np.array(fractions, dtype=np.float64) * 2.0**-53
 
 
-def choose(logits: Floats, draws: Sequence[Draw], allowed: NDArray[np.bool_] | None = None) -> Choices:
+class Scratch:
+    """Working memory for choices, used again: arrays of this size cost more to map than to compute on."""
+
+    def __init__(self) -> None:
+        self._buffer: Floats = np.empty((0, 0), dtype=np.float32)
+
+    def take(self, shape: tuple[int, int]) -> Floats:
+        """Return an array of this shape with any content."""
+        rows, columns = self._buffer.shape
+        if rows < shape[0] or columns != shape[1]:
+            self._buffer = np.empty(shape, dtype=np.float32)
+        return self._buffer[: shape[0]]
+
+
+def choose(
+    logits: Floats, draws: Sequence[Draw], allowed: NDArray[np.bool_] | None = None, *, scratch: Scratch | None = None
+) -> Choices:
     """Choose one token for each row.
 
     logits: float32 [n, vocabulary], raw; allowed: bool of the same shape, or None when nothing is forbidden.
@@ -106,19 +122,22 @@ def choose(logits: Floats, draws: Sequence[Draw], allowed: NDArray[np.bool_] | N
     peaks = logits.max(axis=1)
     if not np.isfinite(peaks).all():
         raise EngineFailed("the model answered logits that are no numbers", reason="logits_not_finite")
+    work = (scratch or Scratch()).take(logits.shape)
     scores = logits if allowed is None else np.where(allowed, logits, np.float32(-np.inf))
     tokens = scores.argmax(axis=1)
     rows = np.arange(len(tokens))
     best = scores[rows, tokens]
     if allowed is not None and not np.isfinite(best).all():
         raise EngineFailed("the grammar allows no token", reason="grammar_dead_end")
-    margins = best - _second_best(scores, tokens, rows)
+    np.copyto(work, scores)
+    work[rows, tokens] = -np.inf
+    margins = best - work.max(axis=1)
     sampled = [row for row, draw in enumerate(draws) if draw.temperature > 0.0]
     if sampled:
-        chosen = [draws[row] for row in sampled]
-        tokens[sampled] = _draw(scores[sampled], chosen)
-    totals = np.exp(logits - peaks[:, None]).sum(axis=1, dtype=np.float64)
-    logprobs = (logits[rows, tokens] - peaks).astype(np.float64) - np.log(totals)
+        tokens[sampled] = _draw(scores[sampled], [draws[row] for row in sampled])
+    np.subtract(logits, peaks[:, None], out=work)
+    totals = np.exp(work, out=work).sum(axis=1)
+    logprobs = (logits[rows, tokens] - peaks).astype(np.float64) - np.log(totals.astype(np.float64))
     digest = xxhash.xxh3_128_hexdigest
     return Choices(
         tokens=tokens.tolist(),
@@ -126,15 +145,6 @@ def choose(logits: Floats, draws: Sequence[Draw], allowed: NDArray[np.bool_] | N
         logprobs=logprobs.tolist(),
         margins=[margin if margin != float("inf") else None for margin in margins.tolist()],
     )
-
-
-def _second_best(scores: Floats, best: NDArray[np.intp], rows: NDArray[np.intp]) -> Floats:
-    """Return the largest score of each row but for its best token, -inf where there is no other."""
-    if scores.shape[1] == 1:
-        return np.full(len(scores), -np.inf, dtype=np.float32)
-    rest = scores.copy()
-    rest[rows, best] = -np.inf
-    return rest.max(axis=1)
 
 
 def _draw(scores: Floats, draws: Sequence[Draw]) -> list[int]:
