@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from eval.align import align_stages, pair_requests, timeline
@@ -12,6 +12,18 @@ from eval.differences import Difference, differences, parted
 from eval.layers import LAYERS, STAGE_LAYERS, Layer, Verdict, known_layers
 from eval.records import GenerationRecord, RequestRecord, RunRecord, Tolerance
 from eval.tokens import TokenCounts, count_tokens, missing_evidence
+
+
+OWN_STAGES = frozenset({"b01", "b04", "b09", "b10"})
+"""Stages whose documents hold what each request has of its own: arrival, deadline, place in a queue, identifiers."""
+
+_DERIVED = (
+    "first_bit_index",
+    "first_token_index",
+    "request_token_index",
+    "tokens_different",
+    "max_logprob_difference",
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,13 @@ class Divergence:
         return next((item.first_token_index for item in self.counts if item.first_token_index is not None), None)
 
     @property
+    def request_token_index(self) -> int | None:
+        """Return the token index counted over all generations of the original."""
+        if self.token_index is None or self.generation is None:
+            return None
+        return self.token_index + sum(item.length_original for item in self.counts[: self.generation])
+
+    @property
     def tokens_different(self) -> int:
         """Count positions with another token."""
         return sum(item.tokens_different for item in self.counts)
@@ -68,7 +87,7 @@ class Divergence:
     def to_document(self) -> dict[str, Any]:
         """Return everything as plain JSON values; numbers that JSON cannot write become text."""
         document = asdict(self)
-        for name in ("first_bit_index", "first_token_index", "tokens_different", "max_logprob_difference"):
+        for name in _DERIVED:
             document[name] = getattr(self, name)
         return _plain(document)
 
@@ -132,6 +151,16 @@ def compare(
     )
 
 
+def compare_twins(one: RequestRecord, other: RequestRecord, *, tolerance: Tolerance | None = None) -> Divergence:
+    """Compare two live requests that asked the same thing, neither of which replays the other.
+
+    What each has of its own (arrival, identifiers, schedule) is not judged: the context that was found, the prompt,
+    bits, tokens, tools, decisions and failures are.
+    """
+    layers = [layer for layer in LAYERS if layer != "schedule"]
+    return compare(_shared(one), _shared(other), tolerance=tolerance, layers=layers)
+
+
 def compare_runs(
     original: RunRecord,
     replay: RunRecord,
@@ -145,6 +174,14 @@ def compare_runs(
         (left, right, compare(left, right, tolerance=tolerance, layers=layers)) for left, right in aligned.pairs
     )
     return RunComparison(compared, aligned.only_original, aligned.only_replay)
+
+
+def _shared(record: RequestRecord) -> RequestRecord:
+    stages = tuple(
+        replace(stage, input_digest=None, output_digest=None) if stage.stage in OWN_STAGES else stage
+        for stage in record.stages
+    )
+    return replace(record, stages=stages, response_digest=None)
 
 
 def _unverified(

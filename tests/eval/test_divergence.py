@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from eval.divergence import compare, compare_runs
+from eval.divergence import compare, compare_runs, compare_twins
 from eval.layers import LAYERS, STAGE_LAYERS
 from eval.records import (
     DecisionRecord,
@@ -254,6 +254,25 @@ def test_the_origin_is_the_stage_that_emitted_another_thing_from_the_same() -> N
     found = compare(ORIGINAL, replace(replay, stages=tuple(stages)))
     assert found.origin == "b05"
     assert found.stages_different == ("b05", "b06")
+
+
+def test_a_token_is_also_counted_over_the_whole_request() -> None:
+    assert compare(ORIGINAL, _with_token(1, 2, logits_digest="x")).request_token_index == 5
+    assert compare(ORIGINAL, _with_token(0, 2, logits_digest="x")).request_token_index == 2
+    assert compare(ORIGINAL, ORIGINAL).request_token_index is None
+
+
+def test_twins_are_not_blamed_for_what_each_has_of_its_own() -> None:
+    own = [
+        replace(stage, output_digest="x", input_digest="y") if stage.stage in ("b01", "b04", "b09", "b10") else stage
+        for stage in ORIGINAL.stages
+    ]
+    twin = replace(_with_token(0, 0, schedule_digest="x"), stages=tuple(own), response_digest="x", request_ref="req_2")
+    assert compare(ORIGINAL, twin).layer == "input"
+    assert compare_twins(ORIGINAL, twin).verdict == "exact"
+    other = replace(twin, generations=_with_token(1, 1, logits_digest="x").generations)
+    found = compare_twins(ORIGINAL, other)
+    assert (found.layer, found.generation, found.token_index) == ("bits", 1, 1)
 
 
 def test_runs_are_paired_by_the_request_that_was_replayed() -> None:
