@@ -13,7 +13,6 @@ from eval.layers import LAYERS, STAGE_LAYERS, Layer, Verdict, known_layers
 from eval.records import GenerationRecord, RequestRecord, RunRecord, Tolerance
 from eval.tokens import TokenCounts, count_tokens, missing_evidence
 
-
 OWN_STAGES = frozenset({"b01", "b04", "b09", "b10"})
 """Stages whose documents hold what each request has of its own: arrival, deadline, place in a queue, identifiers."""
 
