@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from runtime.backends.contract import Bounds, InputContract, Integers
 from runtime.backends.errors import BackendRefused, classify_execution
-from runtime.backends.pool import TorchPool
+from runtime.backends.pool import TorchPool, torch_pool
 from runtime.backends.protocol import KVPool, LoadSpec, StepOutput
 from runtime.models.config import ModelConfig
 from runtime.models.decoder import PRECISIONS, Decoder, NormKind
@@ -74,7 +74,7 @@ class EagerExecutor:
         if self._decoder is None:
             raise BackendRefused("the executor has been closed", fix="load the package again")
         self._contract.check(tokens, positions, slots, context_lengths, num_slots=pool.num_slots)
-        tables = cast(TorchPool, pool)
+        tables = torch_pool(pool, self._config, self._precision)
         hold_threads(self._threads)
         try:
             with torch.inference_mode():

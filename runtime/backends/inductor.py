@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
-from torch._inductor import aoti_load_package
 
 from runtime.backends.contract import InputContract, Integers
 from runtime.backends.eager import as_tensor, hold_threads
 from runtime.backends.errors import BackendRefused, classify_execution
-from runtime.backends.pool import TorchPool
+from runtime.backends.pool import TorchPool, torch_pool
 from runtime.backends.protocol import KVPool, LoadSpec, StepOutput
 from runtime.models.config import ModelConfig
 from runtime.models.decoder import PRECISIONS
 
 PACKAGE = "step.pt2"
+CHECK_VARIABLE = "AOTI_RUNTIME_CHECK_INPUTS"
 
 
 class InductorExecutor:
@@ -66,7 +68,7 @@ class InductorExecutor:
         if self._compiled is None:
             raise BackendRefused("the executor has been closed", fix="load the package again")
         self._spec.contract.check(tokens, positions, slots, context_lengths, num_slots=pool.num_slots)
-        tables = cast(TorchPool, pool)
+        tables = torch_pool(pool, self._spec.config, self._spec.precision)
         hold_threads(self._spec.threads)
         inputs = [
             as_tensor(tokens),
@@ -77,14 +79,14 @@ class InductorExecutor:
             as_tensor(context_lengths),
         ]
         try:
-            logits, new_k, new_v = self._compiled.loader.run(inputs)
+            logits, new_k, new_v = self._compiled.run(inputs)
         except RuntimeError as error:
             raise classify_execution(error, self.backend) from error
         return StepOutput(logits.numpy(), new_k, new_v)
 
     def metadata(self) -> dict[str, str]:
         """Read back what was written into the compiled package when it was built."""
-        return dict(self._compiled.loader.get_metadata()) if self._compiled is not None else {}
+        return dict(self._compiled.get_metadata()) if self._compiled is not None else {}
 
     def close(self) -> None:
         """Drop the compiled code."""
@@ -93,11 +95,9 @@ class InductorExecutor:
 
 def load_inductor(package: Path, spec: LoadSpec) -> InductorExecutor:
     """Load `step.pt2` of a verified package folder, with the compiled input checks switched on as a second wall."""
-    # Read once by the compiled code at its first call; without it a wrong static dimension answers wrong numbers.
-    os.environ["AOTI_RUNTIME_CHECK_INPUTS"] = "1"
     hold_threads(spec.threads)
     try:
-        compiled = aoti_load_package(str(package / PACKAGE))
+        compiled = _open(package / PACKAGE)
     except Exception as error:  # the loader raises RuntimeError, OSError and zip errors
         text = str(error).splitlines()[0][:500] if str(error) else type(error).__name__
         raise BackendRefused(
@@ -107,13 +107,37 @@ def load_inductor(package: Path, spec: LoadSpec) -> InductorExecutor:
         ) from error
     executor = InductorExecutor(compiled, spec)
     _check_machine(executor.metadata())
+    _switch_on_checks(executor)
     return executor
+
+
+def _open(path: Path) -> Any:
+    # What torch._inductor.aoti_load_package does, without importing the compiler (a second, and 100 MB) into a server.
+    loader: Any = torch._C._aoti.AOTIModelPackageLoader  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    return loader(str(path), "model", False, 1, -1)
+
+
+def _switch_on_checks(executor: InductorExecutor) -> None:
+    """Run one token with the compiled checks enabled.
+
+    The code reads the variable once, at its first call, so the process's environment, which is a pin, stays as it was.
+    Without the checks a wrong static dimension answers wrong numbers.
+    """
+    before = os.environ.get(CHECK_VARIABLE)
+    os.environ[CHECK_VARIABLE] = "1"
+    try:
+        pool = executor.new_pool(2)  # the smallest that the program admits
+        one, none = np.zeros((1, 1), dtype=np.int64), np.zeros(1, dtype=np.int64)
+        executor.step(one, one, one, none, pool)
+    finally:
+        if before is None:
+            del os.environ[CHECK_VARIABLE]
+        else:
+            os.environ[CHECK_VARIABLE] = before
 
 
 def _check_machine(metadata: dict[str, str]) -> None:
     """Refuse code for another platform: the loader itself does not compare."""
-    import platform
-
     found = (metadata.get("AOTI_PLATFORM"), metadata.get("AOTI_MACHINE"))
     here = (platform.system().lower(), platform.machine())
     if found != here:

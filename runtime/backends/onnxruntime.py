@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnxruntime
 
 from runtime.backends.contract import InputContract, Integers
-from runtime.backends.errors import BackendRefused, BuildFailed, ProviderMismatch, classify_execution
+from runtime.backends.errors import BackendRefused, BuildFailed, InputRefused, ProviderMismatch, classify_execution
 from runtime.backends.pool import ArrayPool
 from runtime.backends.protocol import KVPool, LoadSpec, StepOutput
 from runtime.models.config import ModelConfig
@@ -77,7 +77,13 @@ class OrtExecutor:
         if self._session is None:
             raise BackendRefused("the executor has been closed", fix="load the package again")
         self._spec.contract.check(tokens, positions, slots, context_lengths, num_slots=pool.num_slots)
-        tables = cast(OrtPool, pool)
+        if not isinstance(pool, OrtPool) or pool.k.shape[1] != self._spec.config.kv_width:
+            raise InputRefused(
+                "step input pool: not a pool of this executor",
+                fix="allocate the pool with new_pool",
+                evidence={"input_signature": type(pool).__name__, "guard": "pool kind and width"},
+            )
+        tables = pool
         try:
             binding = self._session.io_binding()
             for name, array in zip(SMALL_INPUTS, (tokens, positions, slots, context_lengths), strict=True):

@@ -9,7 +9,9 @@ import torch
 
 from runtime.backends.contract import Integers
 from runtime.backends.errors import CapacityExhausted, InputRefused
-from runtime.backends.protocol import Floats
+from runtime.backends.protocol import Floats, KVPool
+from runtime.models.config import ModelConfig
+from runtime.models.decoder import PRECISIONS
 
 
 def check_selection(
@@ -71,6 +73,21 @@ class TorchPool:
         """Copy out float32 [layers,N,width] keys and values."""
         index = torch.from_numpy(self._layer_offsets + slot_ids)
         return self.k[index].float().numpy(), self.v[index].float().numpy()
+
+
+def torch_pool(pool: KVPool, config: ModelConfig, precision: str) -> TorchPool:
+    """Refuse a pool of another kind, precision, depth or width: compiled code would read foreign memory."""
+    if (
+        not isinstance(pool, TorchPool)
+        or pool.k.dtype is not PRECISIONS[precision]
+        or tuple(pool.k.shape) != (config.num_layers * pool.num_slots, config.kv_width)
+    ):
+        raise InputRefused(
+            "step input pool: not a pool of this executor",
+            fix="allocate the pool with new_pool",
+            evidence={"input_signature": type(pool).__name__, "guard": "pool kind, precision, depth and width"},
+        )
+    return pool
 
 
 class ArrayPool:

@@ -45,6 +45,8 @@ class InstalledBackend:
     abilities: Mapping[str, Ability]
     libraries: tuple[str, ...]
     """Distributions whose versions decide what is built and run."""
+    runtime_libraries: tuple[str, ...]
+    """Those of them that a loaded package runs on; a package is bound to their exact versions."""
     lowering: str
     """module:class of the lowering."""
     loader: str
@@ -128,6 +130,7 @@ EAGER = InstalledBackend(
         one_shot_models=_not_ours("only the functional step is loaded"),
     ),
     libraries=("torch",),
+    runtime_libraries=("torch",),
     lowering="runtime.backends.eager_lowering:EagerLowering",
     loader="runtime.backends.eager:load_eager",
     flags={},
@@ -150,6 +153,7 @@ ONNXRUNTIME = InstalledBackend(
         one_shot_models=_not_ours("only the functional step is loaded"),
     ),
     libraries=("onnxruntime", "onnx", "onnxscript", "torch"),
+    runtime_libraries=("onnxruntime",),
     lowering="runtime.backends.onnxruntime_lowering:OrtLowering",
     loader="runtime.backends.onnxruntime:load_onnxruntime",
     levels=("default", "disable", "basic", "extended", "layout", "all"),
@@ -172,6 +176,7 @@ INDUCTOR = InstalledBackend(
         one_shot_models=_not_ours("only the functional step is loaded"),
     ),
     libraries=("torch",),
+    runtime_libraries=("torch",),
     lowering="runtime.backends.inductor_lowering:InductorLowering",
     loader="runtime.backends.inductor:load_inductor",
     flags={"freezing": ("false", "true")},

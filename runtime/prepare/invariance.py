@@ -48,9 +48,7 @@ def probe_invariance(executor: Executor) -> dict[str, Any]:
     }
 
 
-def _feed(
-    executor: Executor, pool: KVPool, tokens: Integers, chunks: tuple[int, ...], *, first_slot: int
-) -> Floats:
+def _feed(executor: Executor, pool: KVPool, tokens: Integers, chunks: tuple[int, ...], *, first_slot: int) -> Floats:
     """Prefill one row in chunks into its own slots; returns the logits of the last token."""
     done = 0
     logits: Floats = np.zeros(0, dtype=np.float32)

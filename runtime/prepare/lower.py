@@ -32,6 +32,4 @@ def run(received: Partitioned) -> StageOutcome[Lowered]:
     """Generate or select code and collect the files that the package needs."""
     boundary = received.lowering.lower()
     files, compiler = received.lowering.files(), received.lowering.compiler()
-    return StageOutcome(
-        Lowered(received.source, received.lowering, boundary.emitted, files, compiler), boundary.record
-    )
+    return StageOutcome(Lowered(received.source, received.lowering, boundary.emitted, files, compiler), boundary.record)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.backends.protocol import Lowering
-from runtime.prepare.capture import Source
 from runtime.prepare.analyze import Analyzed
+from runtime.prepare.capture import Source
 from runtime.prepare.stage import StageOutcome
 
 

@@ -24,7 +24,7 @@ from runtime.prepare.manifest import PackageManifest, config_document
 from runtime.prepare.stage import Journal, StageOutcome
 from runtime.prepare.store import PackageStore, file_entry
 
-__all__ = ["Packaged", "PackageStore", "run"]
+__all__ = ["PackageStore", "Packaged", "run"]
 
 FIXTURES, TOKENIZER = "fixtures.safetensors", "tokenizer.json"
 
@@ -110,7 +110,7 @@ def envelope_of(received: Lowered, compiler: CompilerManifest) -> dict[str, Any]
         "system": platform.system(),
         "architecture": platform.machine(),
         "isa": list(received.compiler.get("required_isa", ())),
-        "libraries": dict(compiler.runtime_versions),
+        "libraries": {name: compiler.runtime_versions[name] for name in received.source.backend.runtime_libraries},
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,7 @@ def prepare(
     Errors: `ClassifiedError` with class, stage and evidence.
     """
     wanted = options or BuildOptions()
-    if precision is not None:
-        wanted = BuildOptions(**{**wanted.__dict__, "precision": precision})
+    wanted = replace(wanted, precision=precision or wanted.precision)
     chosen = backend_named(backend)
     journal = Journal(recorder, on_start, on_finish)
     with tempfile.TemporaryDirectory(prefix="replaylab-prepare-") as work, ExitStack() as resources:

@@ -77,9 +77,7 @@ class Journal:
     on_finish: Callable[[StageReport], None] | None = None
     reports: list[StageReport] = field(default_factory=list[StageReport])
 
-    def run(
-        self, stage: Stage, received: Received, work: Callable[[Received], StageOutcome[Emitted]]
-    ) -> Emitted:
+    def run(self, stage: Stage, received: Received, work: Callable[[Received], StageOutcome[Emitted]]) -> Emitted:
         """Run one stage between its recorded boundaries.
 
         A stage whose record cannot be committed fails with `TelemetryPersistenceError`, so readiness fails closed.
@@ -125,9 +123,7 @@ class Journal:
             )
         return input_digest
 
-    def _report(
-        self, stage: Stage, input_digest: str, outcome: StageOutcome[Emitted], start: int
-    ) -> StageReport:
+    def _report(self, stage: Stage, input_digest: str, outcome: StageOutcome[Emitted], start: int) -> StageReport:
         expected = set(describe(stage).record)
         if set(outcome.record) != expected:
             raise RecordIncomplete(

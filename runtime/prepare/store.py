@@ -1,10 +1,10 @@
 """Where do packages live, and are they still what they were?  A content-addressed store inside the ledger's folder.
 
-    packages/sha256-<hex>/manifest.json    the package manifest; its digest is the package's name
-                          signature.json   DSSE envelope over the manifest
-                          ...              exactly the files that the manifest lists
-    packages/sha256-<hex>.baseline.json    what stages 8 and 9 measured on this machine
-    packages/aliases.json                  names that people use
+packages/sha256-<hex>/manifest.json    the package manifest; its digest is the package's name
+                      signature.json   DSSE envelope over the manifest
+                      ...              exactly the files that the manifest lists
+packages/sha256-<hex>.baseline.json    what stages 8 and 9 measured on this machine
+packages/aliases.json                  names that people use
 """
 
 from __future__ import annotations

@@ -1,0 +1,169 @@
+"""`replaylab prepare`: take a model through the nine stages into a package, and say what each stage found."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from runtime.backends.protocol import BuildOptions
+    from runtime.prepare.pipeline import PreparedPackage
+    from traces.failures import ClassifiedError
+
+EPILOG = """\
+examples:
+  replaylab prepare runtime/models/reference --backend onnxruntime --name desk
+  replaylab prepare runtime/models/reference --backend inductor --flag freezing=true --json
+
+exit codes: 0 prepared and ready, 2 refused (the model, the backend or an option does not fit), 3 failed
+Nothing that is already in the store is changed by a failure.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.epilog = EPILOG
+    parser.add_argument("model", metavar="MODEL", type=Path, help="folder of a Llama, Qwen2 or Qwen3 checkpoint")
+    parser.add_argument(
+        "--backend", default="onnxruntime", help="eager, onnxruntime or inductor (default: %(default)s)"
+    )
+    parser.add_argument("--precision", default="float32", help="float32 or bfloat16 (default: %(default)s)")
+    parser.add_argument("--norm", default="fused", help="fused or unfused RMS norm (default: %(default)s)")
+    parser.add_argument("--optimization", default="default", metavar="LEVEL", help="the backend's own level name")
+    parser.add_argument(
+        "--flag", action="append", default=[], metavar="NAME=VALUE", help="backend setting; may be repeated"
+    )
+    parser.add_argument("--provider", action="append", default=[], metavar="NAME", help="execution provider, in order")
+    parser.add_argument("--threads", type=int, default=1, help="compute threads, a pin (default: %(default)s)")
+    parser.add_argument("--max-batch", type=int, default=64, help="bound of rows (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=512, help="bound of new tokens a row (default: %(default)s)")
+    parser.add_argument("--max-context", type=int, default=1024, help="bound of cached tokens (default: %(default)s)")
+    parser.add_argument("--deadline", type=int, default=600, metavar="SECONDS", help="for compilers (%(default)s)")
+    parser.add_argument("--name", help="also point this name at the package")
+    parser.add_argument("--ledger", type=Path, help="ledger folder (default: REPLAYLAB_LEDGER or ./ledger)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prepare, record into the ledger, print; returns the exit code."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(arguments.threads))  # before torch is imported
+    from rich.console import Console
+
+    from traces.failures import ClassifiedError
+
+    console = Console(stderr=True)
+    try:
+        prepared = _prepare(arguments, console)
+    except ClassifiedError as error:
+        return report_failure(error, as_json=arguments.json)
+    if arguments.json:
+        print(json.dumps(_document(prepared, arguments.name), indent=2))
+        return 0
+    from runtime.prepare.table import stage_table
+
+    out = Console()
+    out.print(stage_table(prepared.reports))
+    name = f"  ({arguments.name})" if arguments.name else ""
+    out.print(f"ready: [bold]{prepared.digest}[/bold]{name}", soft_wrap=True)
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace, console: Console) -> PreparedPackage:
+    from uuid_utils import uuid7
+
+    from runtime.prepare.pipeline import prepare
+    from runtime.prepare.store import PackageStore
+    from runtime.prepare.table import StageProgress
+    from traces.ledger.layout import default_ledger
+    from traces.recorder import Recorder
+
+    ledger: Path = arguments.ledger or default_ledger()
+    options = _options(arguments)
+    with Recorder(ledger, run_id=f"run_{uuid7().hex}", component="prepare") as recorder:
+        store = PackageStore(ledger)
+        started = {"kind": "preparation", "model": arguments.model.resolve().name, "backend": arguments.backend}
+        recorder.commit("run.started", payload=started, track="A")
+        try:
+            with StageProgress(console) as progress:
+                prepared = prepare(
+                    arguments.model,
+                    backend=arguments.backend,
+                    store=store,
+                    recorder=recorder,
+                    options=options,
+                    on_start=progress.started,
+                    on_finish=progress.finished,
+                )
+            if arguments.name:
+                store.set_alias(arguments.name, prepared.digest)
+        except BaseException as error:
+            recorder.commit("run.completed", payload={"error": type(error).__name__}, track="A", status="error")
+            raise
+        recorder.commit("run.completed", payload={"package": prepared.digest}, track="A", status="ok")
+        return prepared
+
+
+def _options(arguments: argparse.Namespace) -> BuildOptions:
+    from runtime.backends.contract import Bounds
+    from runtime.backends.errors import BackendRefused
+    from runtime.backends.protocol import BuildOptions
+
+    flags: dict[str, str] = {}
+    for text in arguments.flag:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise BackendRefused(f"--flag {text!r} is not NAME=VALUE", fix="for example --flag freezing=true")
+        flags[name] = value
+    return BuildOptions(
+        precision=arguments.precision,
+        norm=arguments.norm,
+        optimization=arguments.optimization,
+        flags=flags,
+        providers=tuple(arguments.provider),
+        bounds=Bounds(
+            max_batch=arguments.max_batch, max_tokens=arguments.max_tokens, max_context=arguments.max_context
+        ),
+        threads=arguments.threads,
+        deadline_seconds=arguments.deadline,
+    )
+
+
+def _document(prepared: PreparedPackage, name: str | None) -> dict[str, Any]:
+    return {
+        "package": prepared.digest,
+        "name": name,
+        "artifact": prepared.manifest.artifact.to_document(),
+        "compiler": prepared.manifest.compiler.to_document(),
+        "stages": [
+            {
+                "stage": report.stage.value,
+                "name": report.stage.word,
+                "duration_us": report.duration_us,
+                "input_digest": report.manifest.input_digest,
+                "output_digest": report.manifest.output_digest,
+                "record": dict(report.record),
+            }
+            for report in prepared.reports
+        ],
+    }
+
+
+def report_failure(error: ClassifiedError, *, as_json: bool) -> int:
+    """Say what failed, in which class and stage, and what to do; 2 for a refusal, 3 for a failure."""
+    from runtime.backends.errors import BuildFailed
+    from traces.failures import FailureClass
+
+    refused = error.failure_class in (FailureClass.ARTIFACT_COMPATIBILITY, FailureClass.SHAPE_GUARD)
+    code = 2 if refused and not isinstance(error, BuildFailed) else 3
+    if as_json:
+        print(json.dumps({"error": error.to_payload(), "stage": error.stage, "exit_code": code}, indent=2))
+        return code
+    where = f" at stage {error.stage}" if error.stage else ""
+    print(f"{'refused' if code == 2 else 'failed'}{where} [{error.failure_class.value}]: {error}", file=sys.stderr)
+    return code

@@ -1,0 +1,161 @@
+"""`replaylab packages`: what is in the store, is it intact, and where do two packages part?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtime.prepare.store import PackageStore
+
+EPILOG = """\
+examples:
+  replaylab packages list
+  replaylab packages show desk
+  replaylab packages verify
+  replaylab packages compare desk desk-bfloat16 --json
+
+exit codes: 0 done (verify: all intact; compare: equal), 1 something differs or is not intact, 2 no such package
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.epilog = EPILOG
+    parser.add_argument("action", choices=("list", "show", "verify", "compare"), help="what to do")
+    parser.add_argument("package", nargs="*", metavar="PACKAGE", help="name, digest or the digest's first digits")
+    parser.add_argument("--ledger", type=Path, help="ledger folder (default: REPLAYLAB_LEDGER or ./ledger)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what was asked; returns the exit code."""
+    from runtime.prepare.cli import report_failure
+    from runtime.prepare.errors import PackageUnknown
+    from runtime.prepare.store import PackageStore
+    from traces.failures import ClassifiedError
+    from traces.ledger.layout import default_ledger
+
+    wanted = {"list": (0, 0), "show": (1, 1), "verify": (0, 99), "compare": (2, 2)}[arguments.action]
+    try:
+        if not wanted[0] <= len(arguments.package) <= wanted[1]:
+            raise PackageUnknown(
+                f"packages {arguments.action} takes {wanted[0]} packages, {len(arguments.package)} were given",
+                fix="see `replaylab packages --help`",
+            )
+        store = PackageStore(arguments.ledger or default_ledger())
+        action = {"list": _list, "show": _show, "verify": _verify, "compare": _compare}[arguments.action]
+        document, code = action(store, arguments.package)
+    except ClassifiedError as error:
+        return report_failure(error, as_json=arguments.json)
+    if arguments.json:
+        print(json.dumps(document, indent=2))
+    else:
+        _print(arguments.action, document)
+    return code
+
+
+def _list(store: PackageStore, _: list[str]) -> tuple[dict[str, Any], int]:
+    from traces.failures import ClassifiedError
+
+    names: dict[str, list[str]] = {}
+    for name, package in store.aliases().items():
+        names.setdefault(package, []).append(name)
+    rows: list[dict[str, Any]] = []
+    for package in store.digests():
+        row: dict[str, Any] = {"package": package, "names": sorted(names.get(package, []))}
+        try:
+            manifest = store.read_manifest(package)
+            row |= {
+                "model": manifest.artifact.model,
+                "backend": manifest.compiler.backend,
+                "precision": manifest.compiler.precision,
+                "bytes": sum(entry.size for entry in manifest.files.values()),
+                "warmed": store.baseline(package) is not None,
+            }
+        except ClassifiedError as error:
+            row["error"] = error.message
+        rows.append(row)
+    return {"packages": rows}, 0
+
+
+def _show(store: PackageStore, names: list[str]) -> tuple[dict[str, Any], int]:
+    package = store.resolve(names[0])
+    manifest = store.verify(package)
+    return {"package": package, "manifest": manifest.to_document(), "baseline": store.baseline(package)}, 0
+
+
+def _verify(store: PackageStore, names: list[str]) -> tuple[dict[str, Any], int]:
+    from traces.failures import ClassifiedError
+
+    wanted = [store.resolve(name) for name in names] or list(store.digests())
+    results: list[dict[str, Any]] = []
+    for package in wanted:
+        try:
+            manifest = store.verify(package)
+            results.append({"package": package, "intact": True, "files": len(manifest.files)})
+        except ClassifiedError as error:
+            results.append({"package": package, "intact": False, "error": error.message})
+    return {"packages": results}, 0 if all(entry["intact"] for entry in results) else 1
+
+
+def _compare(store: PackageStore, names: list[str]) -> tuple[dict[str, Any], int]:
+    from runtime.prepare.compare import compare_packages
+
+    document = compare_packages(store, *(store.resolve(name) for name in names))
+    return document, 0 if document["equal"] else 1
+
+
+def _print(action: str, document: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if action == "show":
+        _print_package(document)
+        return
+    if action == "compare":
+        table = Table(title=f"first stage that differs: {document['first_stage'] or 'none'}", title_justify="left")
+        columns, rows = ("field", "left", "right"), document["differences"]
+    elif action == "verify":
+        table, columns, rows = Table(), ("package", "intact", "files", "error"), document["packages"]
+    else:
+        table, rows = Table(), document["packages"]
+        columns = ("package", "names", "model", "backend", "precision", "bytes", "warmed", "error")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(_text(column, row.get(column)) for column in columns))
+    console.print(table)
+
+
+def _text(column: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if column == "package":
+        return str(value)[:19]
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def _print_package(document: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from runtime.prepare.table import summarize
+    from traces.stages import Stage
+
+    console = Console()
+    manifest = document["manifest"]
+    console.print(f"[bold]{document['package']}[/bold]", soft_wrap=True)
+    for section in ("artifact", "compiler", "contract", "envelope"):
+        shown = {name: value for name, value in manifest[section].items() if name not in ("passes", "inputs")}
+        console.print(f"{section}:", shown)
+    table = Table(title="stages, as measured when it was warmed here", title_justify="left")
+    for column in ("stage", "seconds", "recorded"):
+        table.add_column(column)
+    for stage in (document["baseline"] or {}).get("stages", []):
+        summary = summarize(Stage(stage["stage"]), stage["record"])
+        table.add_row(f"{stage['stage']} {stage['name']}", f"{stage['duration_us'] / 1e6:.2f}", summary)
+    console.print(table)
