@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from eval.records import GenerationRecord, TokenRecord
 from manifests.canonical import digest
 from runtime.engine.generation import GenerationRequest, GenerationResult, decode_request, decode_result
-from runtime.engine.plan import StepPlan, decode_plan
+from runtime.engine.plan import SequenceEntry, StepPlan, decode_plan
 
 if TYPE_CHECKING:
     from traces.envelope import TraceEvent
@@ -72,6 +72,17 @@ def load_plans(events: Iterable[TraceEvent]) -> dict[str, tuple[StepPlan, ...]]:
         if event.event_type == "engine.step":
             plans.setdefault(event.engine_id or "", []).append(decode_plan(event.payload["plan"]))
     return {engine: tuple(sorted(found, key=lambda plan: plan.step)) for engine, found in plans.items()}
+
+
+def load_sequence_tables(events: Iterable[TraceEvent]) -> dict[str, tuple[SequenceEntry, ...]]:
+    """Return each engine's sequence table: which request a sequence index of its plans stands for."""
+    tables: dict[str, dict[int, SequenceEntry]] = {}
+    for event in events:
+        if event.event_type == "engine.sequence":
+            index = int(event.payload["index"])
+            entry = SequenceEntry(index, str(event.payload["sequence_id"]), event.request_ref)
+            tables.setdefault(event.engine_id or "", {})[index] = entry
+    return {engine: tuple(entries[index] for index in sorted(entries)) for engine, entries in tables.items()}
 
 
 def shapes_by_token(plans: Iterable[StepPlan], index: int, steps: Sequence[int]) -> list[list[Shape]]:

@@ -41,7 +41,7 @@ def judge(
         layer=found.layer,
         stage=found.stage,
         step=found.step,
-        token_index=found.token_index,
+        token_index=found.request_token_index,
         original=_side(original, mode="live"),
         replay=_side(replay, mode=mode) | _extent(found),
         detail=sentence(found, mode=mode),

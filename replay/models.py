@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from manifests.hardware import HardwareManifest
 from manifests.scheduling import SchedulingManifest
+from replay.packages import Candidate
 from runtime.engine.plan import SequenceEntry, StepPlan
+from traces.failures import ClassifiedError
 
 if TYPE_CHECKING:
     from runtime.engine.generation import GenerationService
@@ -78,3 +80,19 @@ class Models:
         return bind_route(
             route, self.load(package), service, scheduling=scheduling, hardware=hardware, engine_id=engine_id
         )
+
+
+def candidates(ledger: Path) -> tuple[Candidate, ...]:
+    """Return every intact package of a ledger; a damaged one is no candidate."""
+    from runtime.prepare.store import PackageStore
+
+    store = PackageStore(ledger)
+    found: list[Candidate] = []
+    for digest in store.digests():
+        try:
+            manifest = store.read_manifest(digest)
+        except ClassifiedError:
+            continue
+        artifact = manifest.artifact.model_copy(update={"package_digest": digest})
+        found.append(Candidate(digest=digest, artifact=artifact, compiler=manifest.compiler))
+    return tuple(found)
