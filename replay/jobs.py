@@ -16,6 +16,9 @@ from typing import Any, Literal, Self
 ReplayMode = Literal["faithful", "alone", "forced", "audit"]
 MODES: tuple[ReplayMode, ...] = ("faithful", "alone", "forced", "audit")
 
+THREADS_VARIABLE = "REPLAYLAB_REPLAY_THREADS"
+"""Environment variable that tells a worker its number of compute threads."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from replay.errors import IncompleteRecord, PinRefused, ReplayRefused
 from replay.generations import load_plans, load_sequence_tables
-from replay.jobs import Job, Report
+from replay.jobs import THREADS_VARIABLE, Job, Report
 from replay.records import RecordedRequest, RecordedRun, load_run
 from replay.substitutes import Substitution, check_values, parse_substitutions
 from replay.verdict import ReplayVerdict, Verdict, tally
@@ -52,6 +52,7 @@ def run_job(job: Job, say: Say) -> None:
     from traces.recorder import Recorder, random_ids
 
     ledger = Ledger(job.ledger)
+    ledger.drain()
     run = load_run(ledger, job.run_id)
     substitutions = parse_substitutions(job.settings)
     with Recorder(job.ledger, run_id=f"run_{random_ids()}", component="replay") as recorder:
@@ -109,7 +110,7 @@ def make_player(
 
 def threads_of(run: RecordedRun) -> int:
     """Return the compute threads for this process: what its environment was pinned to, or else as recorded."""
-    pinned = os.environ.get("REPLAYLAB_REPLAY_THREADS")
+    pinned = os.environ.get(THREADS_VARIABLE)
     if pinned is not None:
         return int(pinned)
     recorded = {request.pins.hardware.threads for request in run.requests.values() if request.pins is not None}

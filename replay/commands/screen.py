@@ -32,7 +32,10 @@ def open_ledger(path: Path) -> Ledger:
         raise UnknownRecording(
             f"there is no ledger in {path}", fix="Record something first: replaylab record WORKLOAD, or give --ledger."
         )
-    return Ledger(path)
+    ledger = Ledger(path)
+    if ledger.pending():
+        ledger.drain()
+    return ledger
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -1,0 +1,183 @@
+"""Is it the same again?  `replay run ID` runs a request, or every request of a run, and gives a verdict."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from replay.catalog import resolve, short
+from replay.commands import screen
+from replay.jobs import MODES, Job, Report
+from replay.launch import died, run_job
+from replay.verdict import EXIT_FAILED, ReplayVerdict, exit_code, tally
+
+if TYPE_CHECKING:
+    from replay.groups import Group
+
+EXAMPLE = """\
+modes:
+  faithful   the recorded plans, other requests' rows replaced by stand-ins, effects from the record (default)
+  alone      each request by itself, as tracing tools do it: shows what the batch changed
+  forced     the recorded tokens are fed, so that one early flip does not hide what follows
+  audit      no model: context, validators, policies and failure classes over the recorded evidence
+example:
+  replay run req_0199
+  replay run run_0199 --mode alone
+  replay run req_0199 --set compiler.precision=bfloat16
+  replay run req_0199 --set 'tools.result.lookup_account={"account":"4821","plan":"gold",...}'
+exit codes: 0 exact or within tolerance, 1 diverged, 2 refused (or not verifiable), 3 failed
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `replay run`."""
+    parser.epilog = EXAMPLE
+    parser.add_argument("id", metavar="ID", help="a request or a run")
+    parser.add_argument("--mode", choices=MODES, default="faithful", help="how to run it again (default: faithful)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PIN=VALUE",
+        dest="settings",
+        help="run under another pin: dimension.field=value; repeat for more",
+    )
+    parser.add_argument("--repeat", type=_repeat, default=1, metavar="N", help="run everything N times (default 1)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Replay and print the verdict or verdicts."""
+    from replay.groups import group_requests
+    from replay.records import load_run
+    from replay.substitutes import parse_substitutions
+
+    ledger = screen.open_ledger(arguments.ledger)
+    target = resolve(ledger, arguments.id)
+    substitutions = parse_substitutions(arguments.settings)
+    recorded = load_run(ledger, target.run_id)
+    wanted = list(recorded.requests) if target.request_ref is None else [target.request_ref]
+    groups = group_requests([recorded.requests[reference] for reference in wanted], substitutions)
+    done = _replay_all(arguments, target.run_id, groups, total=len(wanted) * arguments.repeat)
+    done.sort(key=lambda one: (one.turn, wanted.index(one.request)))
+    _print(arguments, done, whole_run=target.request_ref is None)
+    verdicts = [one.verdict for one in done]
+    return EXIT_FAILED if any(died(verdict) for verdict in verdicts) else exit_code(verdicts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """One verdict, on one repeat of one request."""
+
+    request: str
+    turn: int
+    verdict: ReplayVerdict
+
+
+def _replay_all(arguments: argparse.Namespace, run_id: str, groups: list[Group], *, total: int) -> list[Done]:
+    """Run every group in a worker of its own environment, with a progress bar."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    done: list[Done] = []
+    columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
+    with Progress(
+        *columns, TimeElapsedColumn(), console=screen.console(stderr=True), disable=arguments.json, transient=True
+    ) as bar:
+        task = bar.add_task("replay", total=total, state="starting a worker")
+        on_report = _teller(lambda state: bar.update(task, state=state))
+        for group in groups:
+            job = Job(
+                ledger=arguments.ledger,
+                run_id=run_id,
+                requests=group.requests,
+                mode=arguments.mode,
+                settings=tuple(arguments.settings),
+                repeat=arguments.repeat,
+            )
+            for request, turn, verdict in run_job(job, environment=group.environment, on_report=on_report):
+                done.append(Done(request=request, turn=turn, verdict=verdict))
+                bar.update(task, advance=1, state=screen.counts(tally(one.verdict for one in done)))
+    return done
+
+
+def _teller(tell: Callable[[str], None]) -> Callable[[Report], None]:
+    def on_report(report: Report) -> None:
+        if report.kind == "loading":
+            tell(f"loading {str(report.body['package'])[:19]}")
+
+    return on_report
+
+
+def _print(arguments: argparse.Namespace, done: list[Done], *, whole_run: bool) -> None:
+    """Print one verdict, or a table and its summary."""
+    if arguments.json:
+        documents = [one.verdict.to_document() for one in done]
+        if len(done) == 1 and not whole_run:
+            screen.print_json(documents[0])
+            return
+        summary = {"mode": arguments.mode, "set": arguments.settings, "summary": tally(one.verdict for one in done)}
+        screen.print_json(summary | {"replays": documents})
+        return
+    if len(done) == 1:
+        _print_one(done[0].verdict)
+        return
+    _print_many(done, arguments.mode)
+
+
+def _print_one(verdict: ReplayVerdict) -> None:
+    """Print a verdict on one request."""
+    out = screen.console()
+    out.print(screen.verdict_text(verdict.verdict.value), verdict.detail, soft_wrap=True)
+    for change in verdict.pins_changed:
+        mark = "set" if change.get("set") else "follows"
+        out.print(f"  {mark}: {change['pin']}  {change['original']} -> {change['replay']}", soft_wrap=True)
+    if verdict.replay.get("fix"):
+        out.print(f"  fix: {verdict.replay['fix']}", soft_wrap=True)
+    rows = [
+        (name, verdict.original.get(name), verdict.replay.get(name))
+        for name in ("run", "status", "failure_class", "tokens", "tokens_digest", "bits_digest", "response_digest")
+        if verdict.original.get(name) is not None or verdict.replay.get(name) is not None
+    ]
+    screen.print_table(out, ("", "recorded", "replay"), [[name, _brief(a), _brief(b)] for name, a, b in rows])
+
+
+def _print_many(done: list[Done], mode: str) -> None:
+    """Print the replays that are not exact, and the counts of all."""
+    out = screen.console()
+    other = [one for one in done if one.verdict.verdict != "exact"]
+    if other:
+        rows = [
+            (
+                short(one.request),
+                screen.verdict_text(one.verdict.verdict.value),
+                one.verdict.layer,
+                one.verdict.stage,
+                one.verdict.step,
+                one.verdict.token_index,
+                one.verdict.detail,
+            )
+            for one in other[:40]
+        ]
+        columns = ("request", "verdict", "layer", "stage", "step", "token", "what")
+        screen.print_table(out, columns, rows)
+        if len(other) > len(rows):
+            out.print(f"... and {len(other) - len(rows)} more: replay run ... --json")
+    layers = Counter(one.verdict.layer for one in done if one.verdict.layer is not None)
+    said = f"{len(done)} replays ({mode}): {screen.counts(tally(one.verdict for one in done))}"
+    out.print(said + (f"; first layer: {screen.counts(layers)}" if layers else ""))
+    children = sorted({str(one.verdict.replay["run"]) for one in done if one.verdict.replay.get("run")})
+    out.print("recorded as " + ", ".join(children), soft_wrap=True)
+
+
+def _brief(value: Any) -> str:
+    text = "" if value is None else str(value)
+    return text[:23] if text.startswith("sha256:") else text
+
+
+def _repeat(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 1_000:
+        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 1000")
+    return value
