@@ -80,6 +80,11 @@ class Recorder:
         atexit.register(self.close)
 
     @property
+    def outbox_name(self) -> str:
+        """The outbox this recorder writes; with ``outbox_seq`` it identifies every event."""
+        return self._outbox.name
+
+    @property
     def dropped(self) -> int:
         """How many optional events were dropped so far; each drop is also recorded as ``recorder.dropped``."""
         return self._outbox.dropped

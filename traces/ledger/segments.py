@@ -142,12 +142,15 @@ class Segments:
 
 
 def _ranges(rows: Sequence[OutboxRow]) -> tuple[OutboxRange, ...]:
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
+    """Return the unbroken runs of numbers: a gap starts a new one, so the signed text shows it."""
+    ranges: list[OutboxRange] = []
     for row in rows:
-        first.setdefault(row.outbox, row.seq)
-        last[row.outbox] = row.seq
-    return tuple(OutboxRange(name, first[name], last[name]) for name in first)
+        last = ranges[-1] if ranges else None
+        if last is not None and last.outbox == row.outbox and row.seq == last.last + 1:
+            ranges[-1] = OutboxRange(row.outbox, last.first, row.seq)
+        else:
+            ranges.append(OutboxRange(row.outbox, row.seq, row.seq))
+    return tuple(ranges)
 
 
 def _write_parquet(path: Path, rows: Sequence[OutboxRow], leaves: Sequence[bytes], *, first: int) -> None:
