@@ -28,5 +28,5 @@ def serving_session(
         return load_package(store, package_digest, threads=threads)
 
     return ServingSession(
-        ledger, deployment, load=load, hardware=probe(threads=threads, deep=True), label=label, run_id=run_id
+        ledger, deployment, load=load, hardware=probe(threads=threads), label=label, run_id=run_id
     )

@@ -74,7 +74,7 @@ async def receive(
                 pins=pins,
             )
         )
-        return _emitted(trace, accepted[0], identity, services)
+        return _emitted(trace, accepted[0], identity)
 
     if isinstance(parsed, RequestEnvelope):
         received = {"request": parsed.digest}
@@ -220,7 +220,7 @@ async def _take_quota(services: Services, envelope: RequestEnvelope, arrived_us:
     )
 
 
-def _emitted(trace: RequestTrace, accepted: Accepted, identity: dict[str, Any], services: Services) -> Emitted:
+def _emitted(trace: RequestTrace, accepted: Accepted, identity: dict[str, Any]) -> Emitted:
     envelope = accepted.envelope
     authority = {
         "tenant": accepted.tenant,
@@ -244,7 +244,6 @@ def _emitted(trace: RequestTrace, accepted: Accepted, identity: dict[str, Any], 
         "risk": accepted.risk,
         "arrived_us": accepted.arrived_us,
         "deadline_us": accepted.deadline_us,
-        "deployment": services.deployment.digest,
     }
     record = {
         "envelope_version": envelope.version,

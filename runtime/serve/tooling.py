@@ -164,7 +164,7 @@ class _Call:
             if self._services.mode == "live":
                 await asyncio.sleep(decision.delay_us / 1_000_000)
             return await self.carry_out(contract, attempt + 1)
-        self._complete(contract, attempt, error=None, retry=None)
+        self._complete(contract, attempt, result=result)
         if "error" in result:
             raise await self._deny("account_not_owned", "The account is not one of the tenant's.")
         return result, attempt
@@ -271,7 +271,13 @@ class _Call:
         }
 
     def _complete(
-        self, contract: ToolContract, attempt: int, *, error: ClassifiedError | None, retry: str | None
+        self,
+        contract: ToolContract,
+        attempt: int,
+        *,
+        result: dict[str, Any] | None = None,
+        error: ClassifiedError | None = None,
+        retry: str | None = None,
     ) -> None:
         self._trace.emit(
             "tool.completed",
@@ -283,6 +289,8 @@ class _Call:
             failure_class=None if error is None else error.failure_class,
             error_type=None if error is None else error.error_type,
             retry_decision=retry,
+            input_ref=self._arguments_ref,
+            result_ref=None if result is None else self._trace.put(result)[0],
         )
 
     def _evidence(self, contract: ToolContract, attempt: int) -> dict[str, Any]:
