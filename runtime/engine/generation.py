@@ -70,7 +70,7 @@ class GenerationResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     sequence_id: str
     tokens: tuple[int, ...]
-    """Output tokens as fed back (forced ones where forced); a stop token is the last of them."""
+    """Output tokens as fed back (forced ones where forced); a stop token, where one ended it, is the last of them."""
     records: tuple[TokenRecord, ...]
     finish_reason: FinishReason
     queue_us: int

@@ -65,7 +65,7 @@ class Constraint:
 class GrammarCompiler:
     """Compiles schemas for one tokenizer; the tokenizer's trie is built once, a schema's grammar once."""
 
-    def __init__(self, tokenizer: TextTokenizer, *, vocab_size: int) -> None:
+    def __init__(self, tokenizer: TextTokenizer | None, *, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._wrapped: dict[int, Any] = {}
@@ -85,6 +85,8 @@ class GrammarCompiler:
     def _compile(self, schema: str, end: int) -> Any:
         import llguidance
 
+        if self._tokenizer is None:
+            raise _refused("the package has no tokenizer", fix="prepare a checkpoint with its tokenizer.json")
         if len(schema) > LARGEST_SCHEMA:
             raise _refused(f"the schema has {len(schema)} characters", fix=f"keep it below {LARGEST_SCHEMA}")
         if end not in self._wrapped:

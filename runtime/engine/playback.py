@@ -67,7 +67,7 @@ class PlanPlayer:
     def __init__(
         self,
         executor: Executor,
-        tokenizer: TextTokenizer,
+        tokenizer: TextTokenizer | None,
         scheduling: SchedulingManifest,
         plans: Iterable[StepPlan],
         sequences: Iterable[SequenceEntry],
@@ -106,6 +106,7 @@ class PlanPlayer:
         """Replay a request and say which slice of the schedule that took.
 
         recorded: how the original ended; `forced` needs it, `faithful` uses it to stop where the original was cut off.
+        A sequence that no engine recorded, with nothing known of its end, runs alone.
         Raises PlanMissing when the schedule lacks part of the slice, and the executor's errors.
         """
         if mode == "forced":
@@ -115,7 +116,7 @@ class PlanPlayer:
         check_request(request, vocab_size=self._vocab_size)
         play = _Play(self._bench, request, start_output(request, self._grammars), clock=self._clock, on_token=on_token)
         try:
-            if mode == "alone":
+            if mode == "alone" or (recorded is None and not self._schedule.knows(request.sequence_id)):
                 check_fits(self._settings, len(request.prompt), request.sampling.max_tokens)
                 reason = play.alone()
             else:
@@ -189,7 +190,7 @@ class _Play:
                 self._bench.release(own.pop(key))
             if place == 0:
                 self._cached_tokens = table.length
-            reason = self._follow(life, table)
+            reason = self._follow(life, table, recorded)
             if reason is not None:
                 return reason
             own[life.key] = table
@@ -271,9 +272,12 @@ class _Play:
             self._touched.add(placed.step)
         return table
 
-    def _follow(self, life: Life, table: Table) -> FinishReason | None:
+    def _follow(self, life: Life, table: Table, recorded: GenerationResult | None) -> FinishReason | None:
         """Run the recorded rows of one life; return why the sequence ended, if it did."""
+        failed = recorded is not None and recorded.finish_reason == "error"
         for placed in life.rows:
+            if failed and recorded is not None and placed.step not in recorded.steps:
+                return "error"  # the call in which the original failed
             start, count = placed.row.start, placed.row.count
             logits = self._bench.run(
                 placed.call, placed.position, table, tokens=self._tokens[start : start + count], start=start

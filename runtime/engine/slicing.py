@@ -63,6 +63,10 @@ class Schedule:
                 if lives:
                     lives[-1].rows.append(PlacedRow(plan.step, number, position, call, call.row(position)))
 
+    def knows(self, sequence_id: str) -> bool:
+        """Tell whether the sequence table names this sequence."""
+        return sequence_id in self._index_of
+
     def lives_of(self, sequence_id: str) -> list[Life]:
         """Return all lives of a sequence in order; raises PlanMissing when the schedule does not know it whole."""
         index = self._index_of.get(sequence_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 from collections.abc import Iterator
@@ -14,12 +15,20 @@ import numpy as np
 import pytest
 
 from manifests.scheduling import SchedulingManifest
-from runtime.engine.errors import PlanMissing
+from runtime.engine.errors import EngineFailed, PlanMissing
 from runtime.engine.generation import TokenRecord
 from runtime.engine.inputs import CallInputs
+from runtime.engine.loop import Engine
 from runtime.engine.playback import PlanPlayer, RecordedGeneration
-from tests.runtime.engine.recorded import Recording, record, requests_with_shared_prefixes, stored_pair
-from tests.runtime.engine.toy import ToyExecutor, ToyModel
+from tests.runtime.engine.recorded import (
+    Recording,
+    plans_of,
+    record,
+    requests_with_shared_prefixes,
+    sequences_of,
+    stored_pair,
+)
+from tests.runtime.engine.toy import ListRecorder, ToyExecutor, ToyModel
 
 SCHEDULING = SchedulingManifest(
     max_num_seqs=16, max_num_batched_tokens=64, num_blocks=48, batch_sizes=(1, 2, 4, 8, 16), watermark="0.02"
@@ -34,7 +43,7 @@ GRAMMAR = json.dumps(
         "additionalProperties": False,
     }
 )
-KINDS = ["float32-fused", "bfloat16-fused", "bfloat16-unfused"]
+KINDS = ["float32-fused", "bfloat16-unfused", pytest.param("bfloat16-fused", marks=pytest.mark.slow)]
 
 
 class RandomStandIns:
@@ -237,8 +246,31 @@ def test_a_lost_step_is_named_only_by_those_who_need_it(toy: tuple[ToyModel, Rec
             refused += 1
             assert holed.replay(request, "alone").tokens
     assert 0 < refused < 30
+    unknown = msgspec.structs.replace(recording.requests[0], sequence_id="unknown")
     with pytest.raises(PlanMissing):
-        holed.replay(msgspec.structs.replace(recording.requests[0], sequence_id="unknown"))
+        holed.replay(unknown, "faithful", recording.results[0])
+    playback = holed.play(unknown)  # nothing was ever recorded of it: one more turn of a counterfactual
+    assert playback.slice.steps == ()
+    assert playback.result.document() == holed.replay(unknown, "alone").document()
+
+
+def test_a_failed_sequence_replays_up_to_its_failure() -> None:
+    """The rows before the failing call are repeated exactly; the call that failed is not run."""
+    requests = requests_with_shared_prefixes(6, seed=5, vocab_size=40)
+    free = record(ToyModel(ToyExecutor()), TIGHT, requests)
+    fatal = next(token for result in free.results for token in result.tokens[2:-1])
+    executor, recorder = ToyExecutor(fail_on=fatal), ListRecorder()
+    with Engine(ToyModel(executor), TIGHT, recorder) as engine:
+        for handle in [engine.submit(request) for request in requests]:
+            with contextlib.suppress(EngineFailed):
+                handle.wait(30)
+    live = PlanPlayer(ToyExecutor(), None, TIGHT, plans_of(recorder), sequences_of(recorder))
+    failed = 0
+    for request in requests:
+        stored, result = stored_pair(recorder, request.sequence_id)
+        failed += result.finish_reason == "error"
+        assert live.replay(stored, "faithful", result).document() == result.document()
+    assert failed
 
 
 def test_plans_in_any_order_and_requests_from_evidence(toy: tuple[ToyModel, Recording]) -> None:
@@ -246,7 +278,7 @@ def test_plans_in_any_order_and_requests_from_evidence(toy: tuple[ToyModel, Reco
     model, recording = toy
     shuffled = list(recording.plans)
     random.Random(1).shuffle(shuffled)
-    live = PlanPlayer(model.executor, None, TIGHT, shuffled, recording.sequences)  # type: ignore[arg-type]
+    live = PlanPlayer(model.executor, None, TIGHT, shuffled, recording.sequences)
     for number in (0, 7, 19):
         request, result = stored_pair(recording.recorder, f"sequence-{number}")
         assert live.replay(request, "faithful", result).document() == result.document()
