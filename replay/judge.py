@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from eval.attribution import attribute
 from eval.divergence import Divergence, compare
 from eval.layers import LAYERS
 from eval.records import RequestRecord
 from manifests.canonical import digest
+from manifests.diff import PinDifference
 from replay.jobs import ReplayMode
 from replay.verdict import ReplayVerdict, Verdict
+from traces.stages import Stage
 
 AUDITED = frozenset({"input", "tool", "decision", "failure"})
 """Layers that an audit judges: it runs no model."""
@@ -31,9 +34,16 @@ def judge(
     *,
     mode: ReplayMode,
     changes: Sequence[Mapping[str, Any]] = (),
+    differences: Sequence[PinDifference] = (),
     rescheduled: bool = False,
 ) -> ReplayVerdict:
-    """Compare the two and return the verdict; what ran under changed pins is never called exact."""
+    """Compare the two and return the verdict; what ran under changed pins is never called exact.
+
+    Args:
+        changes: pins that changed, as the verdict shows them.
+        differences: the same pins, to name those that can explain what was found.
+        rescheduled: whether scheduling rules are among them, so that the schedule is judged too.
+    """
     layers = judged_layers(mode, rescheduled=rescheduled)
     found = compare(original, replay, layers=layers)
     verdict = ReplayVerdict(
@@ -45,8 +55,16 @@ def judge(
         original=_side(original, mode="live"),
         replay=_side(replay, mode=mode) | _extent(found),
         detail=sentence(found, mode=mode),
+        suspects=suspects(found, differences),
     )
     return verdict.under_changes(changes)
+
+
+def suspects(found: Divergence, differences: Sequence[PinDifference]) -> tuple[str, ...]:
+    """Name the changed pins that act on the layer that differs first; none where nothing differs."""
+    if found.verdict != "diverged":
+        return ()
+    return tuple(one.pin.path for one in attribute(differences, found).suspects if one.role == "direct")
 
 
 def sentence(found: Divergence, *, mode: ReplayMode) -> str:
@@ -57,26 +75,50 @@ def sentence(found: Divergence, *, mode: ReplayMode) -> str:
         return "every layer is the same to the bit"
     if found.verdict == "unverified":
         return "nothing differs, but not everything could be compared: " + "; ".join(found.unverified)
-    place = f"in {_where(found)}" if _where(found) else ""
-    what = str(found.detail.get("what", found.layer))
-    expected, actual = _brief(found.detail.get("expected")), _brief(found.detail.get("actual"))
-    said = f"{found.layer} first differ {place}: {what} was {expected}, is {actual}".replace("  ", " ")
-    if found.layer in ("schedule", "bits", "margin") and found.first_token_index is None and found.counts:
-        said += "; all tokens are the same"
-    elif found.layer != "token" and found.first_token_index is not None:
-        said += f"; the first token differs at {found.first_token_index}"
+    said = f"{_what(found)} ({_where(found)})"
+    if found.layer in ("schedule", "bits", "margin") and found.counts:
+        first = found.first_token_index
+        said += "; all tokens are the same" if first is None else f"; tokens differ from {first} on"
     return said
 
 
+def _what(found: Divergence) -> str:
+    """Say what differs; digests tell nothing to a reader, values do."""
+    what = str(found.detail.get("what", found.layer))
+    expected, actual = found.detail.get("expected"), found.detail.get("actual")
+    known = {
+        "logits_digest": "the logits have other bits",
+        "schedule_digest": "the rows ran in another schedule",
+        "prompt_digest": "the model was given another prompt",
+        "response_digest": "the response is another one",
+    }
+    if what in known:
+        return known[what]
+    if what == "output_digest":
+        word = Stage(found.stage).word if found.stage else "a"
+        return f"the {word} stage gave another result"
+    if what == "policy":
+        return f"a policy decision was {_decision(expected)}, is {_decision(actual)}"
+    if what.endswith("_digest"):
+        return f"{what.removesuffix('_digest').replace('_', ' ')} differs"
+    return f"{what.replace('_', ' ')} was {_brief(expected)}, is {_brief(actual)}"
+
+
 def _where(found: Divergence) -> str:
-    parts = [found.stage or ""]
+    parts = [Stage(found.stage).word] if found.stage else []
     if found.generation:
         parts.append(f"generation {found.generation + 1}")
     if found.token_index is not None:
         parts.append(f"token {found.token_index}")
     if found.step is not None:
         parts.append(f"engine step {found.step}")
-    return ", ".join(part for part in parts if part)
+    return ", ".join(parts) or "whole request"
+
+
+def _decision(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return "nothing"
+    return f"{value.get('name')}: {value.get('decision')} under {value.get('version')}"
 
 
 def _brief(value: Any) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eval.records import GenerationRecord, RequestRecord
+from manifests.diff import diff
 from manifests.hardware import HardwareManifest
 from manifests.run import Pins
 from manifests.scheduling import SchedulingManifest
@@ -98,11 +99,13 @@ class Player:
         sequences = load_sequences(setting.ledger, request.events)
         passage = _Passage(setting, request, sequences)
         await passage.run(RequestEnvelope.model_validate_json(request.envelope))
+        pins = passage.pins()
         verdict = judge(
             to_request_record(request, recorded_generations(sequences, setting.plans)),
             passage.record(),
             mode=setting.mode,
-            changes=pin_changes(request.pins, passage.pins(), setting.substitutions),
+            changes=pin_changes(request.pins, pins, setting.substitutions),
+            differences=diff(request.pins, pins) if request.pins is not None and pins is not None else (),
             rescheduled=setting.rescheduled,
         )
         document = verdict.to_document()

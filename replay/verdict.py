@@ -44,6 +44,7 @@ class ReplayVerdict:
     original     what the recording says: run, request, status, failure class, tokens, output digest
     replay       the same of the replay, with the run that recorded it
     detail       one sentence for people
+    suspects     changed pins that act on the layer that differs first
     """
 
     verdict: Verdict
@@ -56,6 +57,7 @@ class ReplayVerdict:
     original: Mapping[str, Any] = field(default_factory=dict[str, Any])
     replay: Mapping[str, Any] = field(default_factory=dict[str, Any])
     detail: str = ""
+    suspects: tuple[str, ...] = ()
 
     def to_document(self) -> dict[str, Any]:
         """Return the JSON form that `replay run --json` prints."""
@@ -70,6 +72,7 @@ class ReplayVerdict:
             "original": dict(self.original),
             "replay": dict(self.replay),
             "detail": self.detail,
+            "suspects": list(self.suspects),
         }
 
     @classmethod
@@ -77,7 +80,8 @@ class ReplayVerdict:
         """Read what `to_document` wrote."""
         fields: dict[str, Any] = dict(document)
         fields["verdict"] = Verdict(fields["verdict"])
-        fields["pins_changed"] = tuple(fields["pins_changed"])
+        for name in ("pins_changed", "suspects"):
+            fields[name] = tuple(fields.get(name, ()))
         return cls(**fields)
 
     def under_changes(self, changes: Iterable[Mapping[str, Any]]) -> Self:
@@ -97,15 +101,13 @@ class ReplayVerdict:
 
 
 def exit_code(verdicts: Iterable[ReplayVerdict]) -> int:
-    """Return the exit code for one or more verdicts: the worst of them decides; nothing replayed is refused."""
+    """Return the exit code: 1 when anything diverged or stayed unproven, else 2 when anything was refused, else 0."""
     words = {verdict.verdict for verdict in verdicts}
     if not words or words == {Verdict.REFUSED}:
         return EXIT_REFUSED
-    if Verdict.DIVERGED in words:
+    if words & {Verdict.DIVERGED, Verdict.UNVERIFIED}:
         return EXIT_DIVERGED
-    if Verdict.REFUSED in words or Verdict.UNVERIFIED in words:
-        return EXIT_REFUSED
-    return EXIT_SAME
+    return EXIT_REFUSED if Verdict.REFUSED in words else EXIT_SAME
 
 
 def tally(verdicts: Iterable[ReplayVerdict]) -> dict[str, int]:

@@ -28,7 +28,7 @@ example:
   replay run run_0199 --mode alone
   replay run req_0199 --set compiler.precision=bfloat16
   replay run req_0199 --set 'tools.result.lookup_account={"account":"4821","plan":"gold",...}'
-exit codes: 0 exact or within tolerance, 1 diverged, 2 refused (or not verifiable), 3 failed
+exit codes: 0 exact or within tolerance, 1 diverged or unverified, 2 refused, 3 failed
 """
 
 
@@ -132,6 +132,7 @@ def _print_one(verdict: ReplayVerdict) -> None:
     out.print(screen.verdict_text(verdict.verdict.value), verdict.detail, soft_wrap=True)
     for change in verdict.pins_changed:
         mark = "set" if change.get("set") else "follows"
+        mark += ", can explain this" if change["pin"] in verdict.suspects else ""
         out.print(f"  {mark}: {change['pin']}  {change['original']} -> {change['replay']}", soft_wrap=True)
     if verdict.replay.get("fix"):
         out.print(f"  fix: {verdict.replay['fix']}", soft_wrap=True)

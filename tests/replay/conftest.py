@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from traces.ledger.ledger import Ledger
 from traces.recorder import Recorder
 
 
@@ -42,6 +43,14 @@ class MadeUpLedger:
         recorder.commit("request.accepted", request_ref=request_ref, track="B")
         if terminal:
             recorder.commit("request.terminal", request_ref=request_ref, track="B", **terminal)
+
+    def drained(self) -> Ledger:
+        """Return the ledger with everything recorded so far in it."""
+        for recorder in self._recorders:
+            recorder.flush()
+        ledger = Ledger(self.path)
+        ledger.drain()
+        return ledger
 
     def close(self) -> None:
         """Close every recorder."""

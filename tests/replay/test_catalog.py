@@ -26,8 +26,7 @@ def ledger(made_up: MadeUpLedger) -> Ledger:
     again = made_up.run("run_ab02", kind="replay", parent_run="run_aa01", mode="faithful")
     made_up.request(again, "req_0001", status="ok")
     again.emit("replay.verdict", request_ref="req_0001", payload={"verdict": "exact"})
-    again.flush()
-    return Ledger(made_up.path)
+    return made_up.drained()
 
 
 def test_runs_are_listed_newest_first_with_what_became_of_their_requests(ledger: Ledger) -> None:
@@ -63,6 +62,7 @@ def test_the_newest_incident_is_the_request_that_last_failed(ledger: Ledger, mad
     fine = made_up.run("run_ac03")
     made_up.request(fine, "req_0009", status="ok")
     fine.commit("replay.verdict", request_ref="req_0009", payload={"verdict": "diverged"})
+    made_up.drained()
     assert last_incident(ledger) == Target(run_id="run_ac03", request_ref="req_0009")
 
 

@@ -37,7 +37,7 @@ def test_a_changed_pin_is_never_exact(word: Verdict) -> None:
         (["exact", "within_tolerance"], 0),
         (["exact", "diverged", "refused"], 1),
         (["exact", "refused"], 2),
-        (["unverified"], 2),
+        (["unverified", "exact"], 1),
         ([], 2),
     ],
 )
