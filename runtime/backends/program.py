@@ -30,6 +30,8 @@ INPUTS = ("token_ids", "positions", "k_pool", "v_pool", "slots", "context_length
 OUTPUTS = ("logits", "new_k", "new_v")
 EXAMPLE = (3, 5, 17, 29)
 """Batch, tokens, context and pool slots to trace with: never 0 or 1, and no two alike, else export ties them."""
+SMALLEST_CONTEXT = 20
+"""The fixture session needs that many positions."""
 POOL_SLOTS = (2, 1 << 24)
 """Range of the pool's slots a layer; any size works, so it is a symbol and no pin of the package."""
 
@@ -73,6 +75,20 @@ def dynamic_shapes(config: ModelConfig, bounds: Bounds) -> tuple[dict[int, Any],
     return {0: batch, 1: tokens}, {0: batch, 1: tokens}, {0: rows}, {0: rows}, {0: batch, 1: context}, {0: batch}
 
 
+def check_bounds(bounds: Bounds) -> None:
+    """Refuse bounds that the example or the fixture session would not fit into."""
+    smallest = Bounds(max_batch=EXAMPLE[0] + 1, max_tokens=EXAMPLE[1] + 1, max_context=SMALLEST_CONTEXT)
+    for name, (_, least) in smallest.symbols().items():
+        most = bounds.symbols()[name][1]
+        if most < least:
+            raise BackendRefused(
+                f"the bound {most} of {name} is too small",
+                fix=f"declare at least {least}",
+                evidence={"validation_output": f"{name} <= {most}, at least {least}"},
+                stage="a01",
+            )
+
+
 @contextmanager
 def quiet_exporters() -> Generator[list[str]]:
     """Collect Python warnings as text and hold back the exporters' log lines about absent optional libraries."""
@@ -96,6 +112,7 @@ def capture_program(model_folder: Path, options: BuildOptions) -> StepProgram:
     Errors: `ModelRefused` from the loader; `BuildFailed` where export fails; `BackendRefused` where the module has a
     hidden side effect or the program computes something else than the module.
     """
+    check_bounds(options.bounds)
     hold_threads(options.threads)
     checkpoint = load_checkpoint(model_folder)
     decoder = build_decoder(checkpoint, options.precision, norm=cast(NormKind, options.norm))

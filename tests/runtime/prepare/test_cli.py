@@ -1,0 +1,78 @@
+"""The commands answer in words and in JSON, with the documented exit codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import replaylab
+from runtime.prepare.pipeline import PreparedPackage
+from runtime.prepare.store import PackageStore
+from traces.ledger.ledger import Ledger
+
+
+def test_prepare_records_into_the_ledger_and_names_the_package(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["prepare", str(model_folder), "--backend", "eager", "--name", "desk", "--ledger", str(tmp_path)]
+    assert replaylab.main([*words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [stage["stage"] for stage in document["stages"]] == [f"a0{number}" for number in range(1, 10)]
+    assert PackageStore(tmp_path).resolve("desk") == document["package"]
+    ledger = Ledger(tmp_path)
+    ledger.drain()
+    events = ledger.events()
+    kinds = [event.event_type for event in events if event.event_type.startswith("run.")]
+    assert kinds == ["run.started", "run.completed"]
+    assert sum(event.event_type == "stage.completed" for event in events) == 9
+    assert {event.track for event in events if event.stage} == {"A"}
+    assert replaylab.main(["packages", "show", "desk", "--ledger", str(tmp_path)]) == 0
+    assert "a09 warm" in capsys.readouterr().out
+
+
+def test_a_refusal_is_one_error_with_class_and_fix(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["prepare", str(model_folder), "--backend", "onnxruntime", "--precision", "bfloat16"]
+    assert replaylab.main([*words, "--ledger", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "artifact_compatibility" in error
+    assert "Fix:" in error
+    assert "Traceback" not in error
+    assert replaylab.main([*words, "--ledger", str(tmp_path), "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["failure_class"] == "artifact_compatibility"
+
+
+@pytest.mark.parametrize("words", [["prepare", "nowhere"], ["prepare", ".", "--flag", "freezing"]])
+def test_bad_input_is_refused(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert replaylab.main([*words, "--ledger", str(tmp_path)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_packages_lists_verifies_and_compares(
+    copied_store: PackageStore,
+    prepared: Callable[..., PreparedPackage],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    eager, onnx = prepared("eager", "float32").digest, prepared("onnxruntime", "float32").digest
+    place = ["--ledger", str(tmp_path), "--json"]
+    assert replaylab.main(["packages", "list", *place]) == 0
+    listed = json.loads(capsys.readouterr().out)["packages"]
+    assert {row["package"] for row in listed} >= {eager, onnx}
+    assert replaylab.main(["packages", "verify", *place]) == 0
+    capsys.readouterr()
+    assert replaylab.main(["packages", "compare", eager, eager, *place]) == 0
+    capsys.readouterr()
+    assert replaylab.main(["packages", "compare", eager, onnx, *place]) == 1
+    compared = json.loads(capsys.readouterr().out)
+    assert compared["first_stage"] == "a01 capture"
+    assert "compiler.backend" in {entry["field"] for entry in compared["differences"]}
+    (copied_store.path(eager) / "tokenizer.json").write_text("{}")
+    assert replaylab.main(["packages", "verify", *place]) == 1
+    capsys.readouterr()
+    assert replaylab.main(["packages", "show", "nothing-here", *place]) == 2
+    assert replaylab.main(["packages", "compare", eager, *place]) == 2
