@@ -5,12 +5,15 @@ from __future__ import annotations
 import streamlit as st
 
 from dashboards import ledger, places
-from dashboards.pages import compare, request, runs
+from dashboards.theme import MARK, NAME
+from dashboards.views import compare, request, runs
+from dashboards.words import count
 
 
 def main() -> None:
     """Set up the frame, the navigation and the side bar, then run the chosen page."""
-    st.set_page_config(page_title="Replaylab", page_icon=":material/manage_search:", layout="wide")
+    st.set_page_config(page_title="Replaylab", page_icon=MARK, layout="wide")
+    st.logo(NAME, size="large", icon_image=MARK)
     pages = {
         "runs": st.Page(runs.show, title="Runs", url_path="runs", icon=":material/list:", default=True),
         "request": st.Page(request.show, title="Request", url_path="request", icon=":material/timeline:"),
@@ -31,7 +34,12 @@ def _sidebar() -> None:
     if ledger.exists(path):
         found = ledger.runs(path)
         requests = sum(row.requests for row in found)
-        st.caption(f"{len(found):,} runs, {requests:,} requests")
+        st.caption(f"{count(len(found), 'run')}, {count(requests, 'request')}")
+        waiting = ledger.pending(path)
+        if waiting:
+            st.caption(
+                f"{count(waiting, 'event')} wait for a drain: `{ledger.command(path, 'replaylab ledger drain')}`"
+            )
     if st.button("Read again", icon=":material/refresh:", help="Pages read the ledger anew after every write to it."):
         st.cache_resource.clear()
         st.rerun()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from html import escape
 
 import plotly.graph_objects as go
 
@@ -35,6 +36,14 @@ def waterfall(spans: Sequence[SpanRow], *, total_us: int | None = None) -> go.Fi
     names = _unique_labels(spans)
     for span, name in zip(spans, names, strict=True):
         _add_span(figure, span, name, scale)
+    figure.add_bar(
+        y=[STRIP],
+        x=[total / scale],
+        orientation="h",
+        marker={"color": GAP, "line": {"width": 0}},
+        hovertemplate="no stage claims this time<extra></extra>",
+        width=0.72,
+    )
     for span in spans:
         for start, end in span.critical:
             figure.add_bar(
@@ -43,7 +52,7 @@ def waterfall(spans: Sequence[SpanRow], *, total_us: int | None = None) -> go.Fi
                 base=[start / scale],
                 orientation="h",
                 marker={"color": stage_colour(span.stage), "line": {"width": 0}},
-                hovertemplate=f"<b>{span.label}</b> owns {duration(start)} to {duration(end)}<extra></extra>",
+                hovertemplate=f"<b>{escape(span.label)}</b> owns {duration(start)} to {duration(end)}<extra></extra>",
                 width=0.72,
             )
     figure.update_yaxes(
@@ -210,15 +219,15 @@ def token_margins(sides: Sequence[tuple[str, Sequence[TokenRow]]], *, diverged_a
             showlegend=len(sides) > 1,
             line={"color": colours[position % 2], "width": 2, "dash": "solid" if position == 0 else "dot"},
             marker={"size": 5},
-            text=[token.text if token.text is not None else f"token {token.token}" for token in known],
+            text=[escape(token.text) if token.text is not None else f"token {token.token}" for token in known],
             hovertemplate="%{text}<br>margin %{y:.3g}<extra>%{fullData.name}</extra>",
         )
     if not figure.data:
         raise ValueError("no token has a margin")
     if diverged_at is not None:
         mark_divergence(figure, diverged_at)
-    decades = [10.0**power for power in range(-8, 5)]
-    figure.update_yaxes(title_text="margin", type="log", tickvals=decades, ticktext=[f"{value:g}" for value in decades])
+    ticks = [digit * 10.0**power for power in range(-8, 5) for digit in (1, 3)]
+    figure.update_yaxes(title_text="margin", type="log", tickvals=ticks, ticktext=[f"{value:g}" for value in ticks])
     figure.update_xaxes(title_text="generated token")
     return _finish(figure, height=240, left=64, legend=len(sides) > 1)
 
@@ -249,7 +258,7 @@ def _add_span(figure: go.Figure, span: SpanRow, name: str, scale: float) -> None
         f"<b>{span.label}</b><br>{duration(span.start_us)} to {duration(span.end_us)}"
         f"<br>lasting {duration(span.duration_us)}"
         f"<br>on the critical path {duration(span.critical_us)}"
-        + (f"<br>{span.detail}" if span.detail else "")
+        + (f"<br>{escape(span.detail)}" if span.detail else "")
         + "<extra></extra>"
     )
     figure.add_bar(

@@ -28,7 +28,7 @@ def choose_request(
         empty(
             "No request is recorded here yet",
             "Record a workload, then read again.",
-            ledger.command(path, "replaylab record --requests 48"),
+            ledger.command(path, "replaylab record support-desk"),
         )
         return None
     left, right = st.columns(2)

@@ -55,30 +55,41 @@ def token_rows(results: Sequence[dict[str, Any]], text_of: TokenText, *, first: 
     return rows
 
 
-def step_rows(events: Sequence[TraceEvent], own_steps: frozenset[int] = frozenset()) -> list[StepRow]:
-    """Return the engine's steps in order of time, counted from the first of them."""
+def step_rows(
+    events: Sequence[TraceEvent], own: frozenset[int] = frozenset(), *, engine_id: str | None = None
+) -> list[StepRow]:
+    """Return one engine's steps in order of time, counted from the first of them.
+
+    Args:
+        events: engine.step events; each was stamped with the monotonic time at which the step began.
+        own: numbers of the steps that ran the request that is looked at.
+        engine_id: which engine; None takes the events as they are, of one engine.
+    """
+    steps = [event for event in events if engine_id is None or event.engine_id == engine_id]
+    steps.sort(key=lambda event: event.mono_us)
     rows: list[StepRow] = []
-    steps = sorted((event for event in events if event.event_type == "engine.step"), key=lambda event: event.ts_us)
-    if not steps:
-        return rows
-    first = steps[0].ts_us - (steps[0].duration_us or 0)
     for event in steps:
-        duration = event.duration_us or 0
         prefill, decode, padded, tokens = _shape(event)
         number = _step_number(event)
         rows.append(
             StepRow(
                 step=number,
-                start_us=event.ts_us - duration - first,
-                duration_us=duration,
+                start_us=event.mono_us - steps[0].mono_us,
+                duration_us=event.duration_us or 0,
                 prefill_rows=prefill,
                 decode_rows=decode,
                 padded_rows=padded,
                 prefill_tokens=tokens,
-                own=number in own_steps,
+                own=number in own,
             )
         )
     return rows
+
+
+def engines(events: Sequence[TraceEvent]) -> list[str]:
+    """Return the engines that made steps, in order of their first one."""
+    ordered = sorted(events, key=lambda event: event.ts_us)
+    return list(dict.fromkeys(event.engine_id for event in ordered if event.engine_id is not None))
 
 
 def own_steps(results: Sequence[dict[str, Any]]) -> frozenset[int]:

@@ -20,7 +20,7 @@ ReadBlob = Callable[[str], bytes]
 def tools_table(story: RequestStory) -> None:
     """List proposed tool calls, what was decided about each, and what came of it."""
     section("Tool calls")
-    if not story.tools and not story.decisions:
+    if not story.tools:
         st.caption("The model proposed no tool call.")
         return
     table(
@@ -35,7 +35,27 @@ def tools_table(story: RequestStory) -> None:
                 duration(event.duration_us),
                 mono(short_digest(event.result_ref or event.input_ref, 12), title=event.result_ref or event.input_ref),
             ]
-            for event in (*story.tools, *story.decisions)
+            for event in story.tools
+        ],
+    )
+
+
+def decisions_table(story: RequestStory) -> None:
+    """List what the policies decided."""
+    section("Policy decisions")
+    if not story.decisions:
+        st.caption("No policy was asked.")
+        return
+    table(
+        ["Stage", "Rule", "Decision", "Policy version"],
+        [
+            [
+                escape(stage_label(event.stage.value)) if event.stage else UNKNOWN,
+                escape(str(event.payload.get("rule") or UNKNOWN)),
+                _decision(event.policy_decision),
+                escape(event.policy_version or UNKNOWN),
+            ]
+            for event in story.decisions
         ],
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from dashboards.engine_view import token_rows
 from dashboards.story import RequestStory, StageRun
-from eval.divergence import Divergence, compare
+from eval.divergence import Divergence, compare, compare_twins
 from eval.layers import LAYERS
 from eval.records import (
     DecisionRecord,
@@ -29,10 +29,13 @@ def first_divergence(
 ) -> Divergence:
     """Find the first difference in causal order.
 
-    The schedule is left out: two live requests never share one, and what it changes shows in the bits.
+    A request and its replay carry the same reference and are judged as such, but for the schedule, whose effects show
+    in the bits.  Two requests of their own differ in what names them (arrival, identifiers) and are judged as twins.
     """
-    layers = [layer for layer in LAYERS if layer != "schedule"]
-    return compare(request_record(left, left_results), request_record(right, right_results), layers=layers)
+    one, two = request_record(left, left_results), request_record(right, right_results)
+    if left.request_ref != right.request_ref:
+        return compare_twins(one, two)
+    return compare(one, two, layers=[layer for layer in LAYERS if layer != "schedule"])
 
 
 def request_record(story: RequestStory, results: Sequence[dict[str, Any]]) -> RequestRecord:

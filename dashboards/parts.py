@@ -13,9 +13,13 @@ from dashboards.rows import TokenRow
 from dashboards.theme import ACCENT, DIVERGED, GAP, QUIET, WAITING, stage_colour, status_colour, tint
 from dashboards.words import GLOSSARY, UNKNOWN, field_label
 
+HEX_DIGITS = frozenset("0123456789abcdef")
+
 STYLE = f"""
 <style>
 .block-container {{ padding-top: 3.2rem; max-width: 1180px; }}
+.stHeading h1 {{ font-size: 2.2rem; }}
+.stHeading h3 {{ font-size: 1.3rem; }}
 .rl-lead {{ color: {QUIET}; margin: -0.6rem 0 1rem 0; }}
 .rl-facts {{ display: flex; flex-wrap: wrap; gap: 0.4rem 2.2rem; margin: 0.2rem 0 1rem 0; }}
 .rl-fact {{ min-width: 5rem; }}
@@ -137,8 +141,9 @@ def value_html(value: Any, *, depth: int = 0) -> str:
         more = f' <span class="rl-quiet">and {len(items) - 12} more</span>' if len(items) > 12 else ""
         return (", " if all(not isinstance(item, dict | list) for item in items) else "<br>").join(shown) + more
     text = str(value)
-    if text.startswith(("sha256:", "evidence://")):
-        return mono(text.rsplit(":", 1)[-1].rsplit("/", 1)[-1][:16], title=text)
+    bare = text.rsplit(":", 1)[-1].rsplit("/", 1)[-1]
+    if len(bare) >= 32 and set(bare) <= HEX_DIGITS:
+        return mono(bare[:16], title=text)
     return escape(f"{value:,}" if isinstance(value, int) else text[:400])
 
 

@@ -6,7 +6,6 @@ because a missing end is evidence too.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,8 @@ from typing import Any, cast
 
 from dashboards.rows import SpanRow
 from dashboards.words import stage_label
+from eval.latency import decompose
+from eval.records import SpanRecord
 from traces.envelope import TraceEvent
 from traces.failures import ClassifiedError
 from traces.stages import Stage, describe
@@ -77,7 +78,7 @@ class RequestStory:
     run_id: str
     request_ref: str
     accepted_us: int
-    """UTC epoch, microseconds."""
+    """When its first event was recorded: UTC epoch, microseconds."""
     total_us: int | None
     """End-to-end time; None without a terminal event."""
     status: str
@@ -124,7 +125,7 @@ def tell(events: Sequence[TraceEvent], read_blob: ReadBlob) -> RequestStory:
     if not events:
         raise ValueError("a story needs at least one event")
     ordered = sorted(events, key=lambda event: (event.ts_us, event.outbox, event.outbox_seq))
-    first = _first(ordered, "request.accepted") or ordered[0]
+    first, accepted = ordered[0], _first(ordered, "request.accepted")
     terminal = _last(ordered, "request.terminal")
     manifest = _last(ordered, "request.manifest")
     stages = stage_runs(ordered, origin=first)
@@ -134,7 +135,7 @@ def tell(events: Sequence[TraceEvent], read_blob: ReadBlob) -> RequestStory:
         run_id=first.run_id,
         request_ref=first.request_ref or "",
         accepted_us=first.ts_us,
-        total_us=None if terminal is None else offset(terminal, first),
+        total_us=_total(terminal, first),
         status=_status(terminal),
         tenant_ref=_known(ordered, "tenant_ref"),
         trace_id=_known(ordered, "trace_id"),
@@ -155,9 +156,9 @@ def tell(events: Sequence[TraceEvent], read_blob: ReadBlob) -> RequestStory:
         tools=tuple(event for event in ordered if event.event_type.startswith("tool.")),
         decisions=tuple(event for event in ordered if event.event_type == "policy.decided"),
         sequences=tuple(event for event in ordered if event.event_type == "engine.sequence"),
-        accepted_ref=first.input_ref,
+        accepted_ref=None if accepted is None else accepted.input_ref,
         response_ref=None if terminal is None else terminal.result_ref,
-        failed_stage=None if terminal is None else _text(terminal.payload.get("failed_stage")),
+        failed_stage=None if terminal is None else _text(terminal.payload.get("stage")),
         message=None if terminal is None else _text(terminal.payload.get("message")),
         notes=tuple(notes),
     )
@@ -190,38 +191,34 @@ def stage_runs(events: Sequence[TraceEvent], *, origin: TraceEvent) -> tuple[Sta
 
 
 def span_rows(stages: Sequence[StageRun], *, total_us: int | None = None) -> tuple[SpanRow, ...]:
-    """Return the bars of the waterfall, with the critical path through them."""
+    """Return the bars of the waterfall, with the critical path through them.
+
+    A stage without an end lasts until the end of the request; it is left out while that is not known either.
+    """
     known = [run for run in stages if run.end_us is not None or total_us is not None]
-    ends = [run.end_us if run.end_us is not None else cast(int, total_us) for run in known]
-    owned = critical_parts([(run.start_us, end) for run, end in zip(known, ends, strict=True)])
+    ends = [max(run.start_us, total_us or 0 if run.end_us is None else run.end_us) for run in known]
+    if not known:
+        return ()
+    owned: list[list[tuple[int, int]]] = [[] for _ in known]
+    spans = [
+        SpanRecord(run.stage.word, run.start_us, end, stage=run.stage.value)
+        for run, end in zip(known, ends, strict=True)
+    ]
+    for segment in decompose(spans, start_us=0, end_us=max(ends) if total_us is None else total_us).path:
+        if segment.owner is not None:
+            owned[segment.owner].append((segment.start_us, segment.end_us))
     return tuple(
         SpanRow(
             stage=run.stage.value,
             label=stage_label(run.stage.value),
             start_us=run.start_us,
-            end_us=max(end, run.start_us),
-            critical=parts,
+            end_us=end,
+            critical=tuple(parts),
             status=run.status,
             detail=run.message or ("no end was recorded" if run.end_us is None else ""),
         )
         for run, end, parts in zip(known, ends, owned, strict=True)
     )
-
-
-def critical_parts(spans: Sequence[tuple[int, int]]) -> list[tuple[tuple[int, int], ...]]:
-    """Give every moment to the latest-started active span, ties to the later one; neighbours are merged."""
-    owned: list[list[tuple[int, int]]] = [[] for _ in spans]
-    points = sorted({point for span in spans for point in span})
-    for start, end in itertools.pairwise(points):
-        active = [(span[0], index) for index, span in enumerate(spans) if span[0] <= start and span[1] >= end]
-        if not active:
-            continue
-        parts = owned[max(active)[1]]
-        if parts and parts[-1][1] == start:
-            parts[-1] = (parts[-1][0], end)
-        else:
-            parts.append((start, end))
-    return [tuple(parts) for parts in owned]
 
 
 def offset(event: TraceEvent, origin: TraceEvent) -> int:
@@ -300,6 +297,13 @@ def _effect(event: TraceEvent, origin: TraceEvent) -> Effect:
         input_ref=event.input_ref,
         result_ref=event.result_ref,
     )
+
+
+def _total(terminal: TraceEvent | None, first: TraceEvent) -> int | None:
+    """Return the end-to-end time: the runtime's own measurement where it gave one."""
+    if terminal is None:
+        return None
+    return terminal.duration_us if terminal.duration_us is not None else offset(terminal, first)
 
 
 def _status(terminal: TraceEvent | None) -> str:

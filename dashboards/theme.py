@@ -63,6 +63,25 @@ STATUS_COLOURS: Mapping[str, str] = MappingProxyType(
 )
 """Status or verdict to colour; what is not here is shown quietly."""
 
+MARK = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32" width="32" height="32">'
+    '<rect width="32" height="32" rx="7" fill="#4F46E5"/>'
+    '<rect x="6" y="8" width="9" height="4" rx="1" fill="#F59E0B"/>'
+    '<rect x="12" y="14" width="14" height="4" rx="1" fill="#FFFFFF"/>'
+    '<rect x="18" y="20" width="8" height="4" rx="1" fill="#A7F3D0"/></svg>'
+)
+"""The product's mark: three bars of a waterfall; drawn here, because an icon by name would be fetched from afar."""
+
+NAME = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 190 32" width="190" height="32">'
+    '<rect width="32" height="32" rx="7" fill="#4F46E5"/>'
+    '<rect x="6" y="8" width="9" height="4" rx="1" fill="#F59E0B"/>'
+    '<rect x="12" y="14" width="14" height="4" rx="1" fill="#FFFFFF"/>'
+    '<rect x="18" y="20" width="8" height="4" rx="1" fill="#A7F3D0"/>'
+    '<text x="43" y="23" font-family="Source Sans, sans-serif" font-size="22" font-weight="700" fill="#0F172A">'
+    "Replaylab</text></svg>"
+)
+
 STREAMLIT_OPTIONS: Mapping[str, str] = MappingProxyType(
     {
         "theme.base": "light",

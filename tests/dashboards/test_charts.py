@@ -6,7 +6,7 @@ import pytest
 
 from dashboards.charts import batch_occupancy, owned_by_stage, stage_deltas, stage_latency, token_margins, waterfall
 from dashboards.rows import LatencyRow, SpanRow, StepRow, TokenRow
-from dashboards.theme import DIVERGED, STAGE_COLOURS, stage_colour, tint
+from dashboards.theme import DIVERGED, GAP, STAGE_COLOURS, stage_colour, tint
 from dashboards.words import UNKNOWN, count, duration, short_digest, short_id, signed_duration, stage_label
 from traces.stages import Stage
 
@@ -26,7 +26,7 @@ def test_every_stage_has_a_colour_of_its_own_in_its_track() -> None:
 
 def test_waterfall_strip_is_the_critical_path_and_sums_to_the_total() -> None:
     figure = waterfall(SPANS)
-    strip = [bar for bar in figure.data if bar.y[0] == "critical path"]
+    strip = [bar for bar in figure.data if bar.y[0] == "critical path" and bar.marker.color != GAP]
     assert sum(bar.x[0] for bar in strip) == 900
     assert [bar.marker.color for bar in strip] == [stage_colour(code) for code in ("b05", "b06", "b06", "b07")]
 
@@ -39,7 +39,7 @@ def test_waterfall_outlines_a_failed_span_in_red() -> None:
 
 def test_repeated_spans_keep_rows_of_their_own() -> None:
     spans = [SpanRow(stage="b06", label="6 Decode", start_us=at, end_us=at + 5) for at in (0, 10)]
-    assert {bar.y[0] for bar in waterfall(spans).data} == {"6 Decode #1", "6 Decode #2"}
+    assert {bar.y[0] for bar in waterfall(spans).data} == {"6 Decode #1", "6 Decode #2", "critical path"}
 
 
 def test_occupancy_fades_the_steps_of_other_requests() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ import streamlit as st
 
 from dashboards import ledger, places
 from dashboards.charts import batch_occupancy, stage_latency, waterfall
-from dashboards.engine_view import step_rows
+from dashboards.engine_view import engines, step_rows
 from dashboards.overview import percentile
 from dashboards.parts import empty, facts, figure, heading, section, table
 from dashboards.rows import RequestRow, RunRow, VerdictRow
@@ -17,6 +18,8 @@ from dashboards.stage_details import stage_details
 from dashboards.story import span_rows
 from dashboards.words import UNKNOWN, duration, moment, short_digest, short_id, stage_title
 
+ROW_HEIGHT = 35
+"""Pixels of one row in Streamlit's tables."""
 STEPS_SHOWN = 400
 """Engine steps in one chart: more are unreadable."""
 
@@ -30,7 +33,7 @@ def show() -> None:
         empty(
             "Nothing is recorded here yet",
             "Record a workload, or run the whole tour once; then read again.",
-            ledger.command(path, "replaylab record --requests 48"),
+            ledger.command(path, "replaylab record support-desk"),
         )
         return
     chosen = _choose(found, ledger.verdicts(path))
@@ -56,7 +59,7 @@ def _choose(found: list[RunRow], verdicts: list[VerdictRow]) -> RunRow:
     state = st.dataframe(
         rows,
         hide_index=True,
-        height=min(38 * (len(rows) + 1) + 2, 300),
+        height=min(ROW_HEIGHT * (len(rows) + 1) + 3, 300),
         on_select="rerun",
         selection_mode="single-row",
         key="runs",
@@ -99,7 +102,7 @@ def _run(path: Path, row: RunRow) -> None:
 
 def _title(row: RunRow) -> str:
     parent = f' <span class="rl-quiet" style="font-size:0.6em">of {short_id(row.parent_run)}</span>'
-    return row.name.capitalize().replace("<", "&lt;") + (parent if row.parent_run else "")
+    return escape(row.name[:1].upper() + row.name[1:]) + (parent if row.parent_run else "")
 
 
 def _headline(row: RunRow, requests: list[RequestRow]) -> None:
@@ -126,11 +129,12 @@ def _requests(path: Path, row: RunRow, requests: list[RequestRow]) -> None:
     state = st.dataframe(
         [_request_cells(row, one, verdicts) for one in requests],
         hide_index=True,
-        height=min(36 * (len(requests) + 1) + 2, 460),
+        height=min(ROW_HEIGHT * (len(requests) + 1) + 3, 460),
         on_select="rerun",
         selection_mode="multi-row",
         key=f"requests-{row.run_id}",
         column_config={
+            "Status": st.column_config.TextColumn(width="medium"),
             "At": st.column_config.TextColumn(help="Arrival, counted from the first request of the run."),
             "First token": st.column_config.TextColumn(help="From acceptance to the first generated token."),
             "Pins": st.column_config.TextColumn(help="Digest of the eight pins. Equal digests mean equal conditions."),
@@ -156,7 +160,7 @@ def _request_cells(row: RunRow, one: RequestRow, verdicts: list[VerdictRow]) -> 
         "Request": short_id(one.request_ref),
         "At": duration(one.accepted_us - row.started_us),
         "Tenant": short_id(one.tenant_ref),
-        "Status": one.status if one.failure_class is None else f"{one.status}: {one.failure_class.replace('_', ' ')}",
+        "Status": _status(one),
         "End to end": duration(one.total_us),
         "First token": duration(one.first_token_us),
         "Tokens in": one.input_tokens,
@@ -165,6 +169,13 @@ def _request_cells(row: RunRow, one: RequestRow, verdicts: list[VerdictRow]) -> 
         "Pins": short_digest(one.manifest_digest),
         "Replays": ", ".join(words) or UNKNOWN,
     }
+
+
+def _status(one: RequestRow) -> str:
+    """Say how a request ended; a failure stands out by its sign and names its class."""
+    if one.failure_class is None:
+        return one.status
+    return f"\N{HEAVY BALLOT X} {one.failure_class.replace('_', ' ')}"
 
 
 def _latency(path: Path, row: RunRow) -> None:
@@ -193,10 +204,13 @@ def _latency(path: Path, row: RunRow) -> None:
 
 def _engine(path: Path, row: RunRow) -> None:
     """Show how full the batches were."""
-    rows = step_rows(ledger.steps(path, row.run_id))
-    if not rows:
+    events = ledger.steps(path, row.run_id)
+    if not events:
         empty("No engine steps", "A run records its schedule step by step when a language model generated in it.")
         return
+    names = engines(events)
+    engine = st.pills("Engine", names, default=names[0], key="engine") if len(names) > 1 else None
+    rows = step_rows(events, engine_id=engine or (names[0] if names else None))
     section("Batch occupancy", term="occupancy", lead="Each block is one engine step, as wide as it lasted.")
     first = 0
     if len(rows) > STEPS_SHOWN:

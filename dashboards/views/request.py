@@ -12,7 +12,7 @@ from dashboards import ledger, places
 from dashboards.charts import batch_occupancy, token_margins, waterfall
 from dashboards.chooser import choose_request
 from dashboards.engine_view import generations, own_steps, step_rows, token_rows
-from dashboards.evidence_view import effects_table, evidence_list, tools_table
+from dashboards.evidence_view import decisions_table, effects_table, evidence_list, tools_table
 from dashboards.parts import (
     badge,
     callout,
@@ -54,7 +54,7 @@ def show() -> None:
     _replays(path, story)
     _waterfall(story)
     read = ledger.reader(path)
-    shown = st.tabs(["Answer and tokens", "Stages", "Pins", "Tools and effects", "Engine", "Evidence"])
+    shown = st.tabs(["Answer and tokens", "Stages", "Pins", "Tools, policy, effects", "Engine", "Evidence"])
     with shown[0]:
         _answer(path, story, read)
     with shown[1]:
@@ -63,6 +63,7 @@ def show() -> None:
         _pins(story)
     with shown[3]:
         tools_table(story)
+        decisions_table(story)
         effects_table(story)
     with shown[4]:
         _engine(path, story, read)
@@ -213,8 +214,9 @@ def _engine(path: Path, story: RequestStory, read: Callable[[str], bytes]) -> No
     """Show the steps that ran this request among those that did not."""
     results = generations(story.sequences, read)
     own = own_steps(results)
-    rows = step_rows(ledger.steps(path, story.run_id), own)
-    if not rows or not own:
+    engine = next((event.engine_id for event in story.sequences if event.engine_id is not None), None)
+    rows = step_rows(ledger.steps(path, story.run_id), own, engine_id=engine)
+    if not any(row.own for row in rows):
         empty("No engine steps of this request", "Only requests that a language model answered have a schedule.")
         return
     shown = _around(rows)
