@@ -93,14 +93,16 @@ class Target:
     request_ref: str | None = None
 
 
+RUN_EVENTS = ("run.started", "run.completed", "request.accepted", "request.terminal", "replay.verdict")
+
+
 def list_runs(ledger: Ledger) -> list[RunSummary]:
     """Return every run in the ledger, newest first."""
-    accepted = _by_run(ledger.events(event_type="request.accepted"))
-    terminal = _by_run(ledger.events(event_type="request.terminal"))
-    verdicts = _by_run(ledger.events(event_type="replay.verdict"))
-    completed = _by_run(ledger.events(event_type="run.completed"))
+    by_type = _by_type(ledger.events(event_type=RUN_EVENTS))
+    accepted, terminal = _by_run(by_type["request.accepted"]), _by_run(by_type["request.terminal"])
+    verdicts, completed = _by_run(by_type["replay.verdict"]), _by_run(by_type["run.completed"])
     runs: list[RunSummary] = []
-    for event in ledger.events(event_type="run.started"):
+    for event in by_type["run.started"]:
         run_id = event.run_id
         ends = completed.get(run_id, [])
         runs.append(
@@ -122,10 +124,11 @@ def list_runs(ledger: Ledger) -> list[RunSummary]:
 
 def list_requests(ledger: Ledger, run_id: str) -> list[RequestSummary]:
     """Return the requests of a run in order of arrival."""
-    ends = {event.request_ref: event for event in ledger.events(run_id=run_id, event_type="request.terminal")}
-    verdicts = {event.request_ref: event for event in ledger.events(run_id=run_id, event_type="replay.verdict")}
+    by_type = _by_type(ledger.events(run_id=run_id, event_type=RUN_EVENTS))
+    ends = {event.request_ref: event for event in by_type["request.terminal"]}
+    verdicts = {event.request_ref: event for event in by_type["replay.verdict"]}
     found: list[RequestSummary] = []
-    for event in ledger.events(run_id=run_id, event_type="request.accepted"):
+    for event in by_type["request.accepted"]:
         if event.request_ref is None:
             continue
         end, verdict = ends.get(event.request_ref), verdicts.get(event.request_ref)
@@ -150,8 +153,13 @@ def list_requests(ledger: Ledger, run_id: str) -> list[RequestSummary]:
 
 def last_incident(ledger: Ledger) -> Target | None:
     """Return the newest request that did not end well or whose replay diverged; None when all is well."""
-    bad = [event for event in ledger.events(event_type="request.terminal") if event.status != "ok"]
-    bad += [event for event in ledger.events(event_type="replay.verdict") if event.payload.get("verdict") == "diverged"]
+    bad = [
+        event
+        for event in ledger.events(event_type=("request.terminal", "replay.verdict"))
+        if (
+            event.payload.get("verdict") == "diverged" if event.event_type == "replay.verdict" else event.status != "ok"
+        )
+    ]
     newest = max((event for event in bad if event.request_ref), key=lambda event: event.ts_us, default=None)
     return None if newest is None else Target(run_id=newest.run_id, request_ref=newest.request_ref)
 
@@ -162,13 +170,15 @@ def resolve(ledger: Ledger, text: str) -> Target:
     `RUN/REQUEST` names a request of one particular run, such as a replay.
     """
     run_text, slash, request_text = text.partition("/")
-    runs = {event.run_id: event for event in ledger.events(event_type="run.started")}
+    by_type = _by_type(ledger.events(event_type=("run.started", "request.accepted", "request.terminal")))
+    runs = {event.run_id: event for event in by_type["run.started"]}
+    known = [*by_type["request.accepted"], *by_type["request.terminal"]]
     if slash:
         run_id = _one(run_text, runs, what="run")
-        inside = [event.request_ref for event in ledger.events(run_id=run_id, event_type="request.accepted")]
+        inside = [event.request_ref for event in known if event.run_id == run_id]
         return Target(run_id=run_id, request_ref=_one(request_text, filter(None, inside), what="request of this run"))
     homes: dict[str, str] = {}
-    for event in ledger.events(event_type="request.accepted"):
+    for event in known:
         if event.request_ref is None:
             continue
         replayed = event.run_id in runs and kind_of(runs[event.run_id]) == "replay"
@@ -206,6 +216,14 @@ def _one(text: str, known: Iterable[str], *, what: str) -> str:
         raise UnknownRecording(f"no {what} has an id that begins with {text!r}", fix="List what there is: replay list")
     shown = ", ".join(begins[:4]) + (", ..." if len(begins) > 4 else "")
     raise UnknownRecording(f"{text!r} means {len(begins)} recordings: {shown}", fix="Give more of the id.")
+
+
+def _by_type(events: Iterable[TraceEvent]) -> dict[str, list[TraceEvent]]:
+    """Group events by their type; every type that a run's summary needs is there."""
+    grouped: dict[str, list[TraceEvent]] = {name: [] for name in RUN_EVENTS}
+    for event in events:
+        grouped[event.event_type].append(event)
+    return grouped
 
 
 def _by_run(events: Iterable[TraceEvent]) -> dict[str, list[TraceEvent]]:
