@@ -175,6 +175,13 @@ def test_counts_go_past_the_first_difference() -> None:
     assert found.detail["original"]["token"] == found.detail["replay"]["token"] == 6
 
 
+def test_a_generation_that_goes_on_longer_parts_where_the_other_ended() -> None:
+    shorter = _with_generation(1, tokens=ORIGINAL.generations[1].tokens[:2])
+    found = compare(ORIGINAL, shorter)
+    assert (found.layer, found.token_index, found.first_token_index, found.first_bit_index) == ("token", 2, 2, None)
+    assert (found.detail["expected"], found.detail["actual"]) == (10, None)
+
+
 def test_a_schedule_known_only_as_a_whole_explains_bits_but_not_other_tokens() -> None:
     bits = replace(_with_token(0, 1, logits_digest="x"))
     bits = replace(bits, generations=(replace(bits.generations[0], schedule_digest="x"), bits.generations[1]))
@@ -186,7 +193,9 @@ def test_a_schedule_known_only_as_a_whole_explains_bits_but_not_other_tokens() -
 
 def test_layers_that_a_replay_changes_on_purpose_are_not_judged() -> None:
     alone = _with_token(1, 0, schedule_digest="x")
-    stages = tuple(replace(stage, output_digest="x") if stage.stage == "b04" else stage for stage in alone.stages)
+    stages = tuple(
+        replace(stage, output_digest="x") if stage.stage in ("b04", "b05") else stage for stage in alone.stages
+    )
     alone = replace(alone, stages=stages)
     assert compare(ORIGINAL, alone).layer == "schedule"
     without = [layer for layer in LAYERS if layer != "schedule"]

@@ -44,6 +44,8 @@ def test_each_way_to_differ_is_named() -> None:
     assert (found.same_class, found.same_stage, found.same_retry_decision, found.same) == (True, True, False, False)
     gone = compare_failures(original, RequestRecord("req_1", terminal_status="ok"))
     assert (gone.same_class, gone.same_stage, gone.same_retry_decision) == (False, False, False)
+    nowhere = replace(original, failure=FailureRecord("capacity_admission"))
+    assert not compare_failures(nowhere, RequestRecord("req_1", terminal_status="ok")).same_stage
     fine = RequestRecord("req_1", terminal_status="ok")
     assert compare_failures(fine, fine).same and compare_failures(fine, fine).sound
 

@@ -56,6 +56,12 @@ def test_few_pairs_resolve_nothing() -> None:
     assert paired_bootstrap([1.0] * 6, [2.0] * 6, seed=1).resolved
 
 
+def test_an_interval_too_narrow_for_a_small_sample_is_caught_by_p() -> None:
+    found = paired_bootstrap([0.0] * 7, [1.7, -0.6, 0.1, 1.2, -0.2, 0.7, 1.0], seed=1, resamples=2000)
+    assert found.low > 0 and found.p > 0.1
+    assert found.conclusion == "not resolved"
+
+
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     generator = np.random.default_rng(9)
     covered = alarms = 0
