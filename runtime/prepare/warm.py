@@ -85,8 +85,8 @@ def validate(model: LoadedModel, store: PackageStore) -> tuple[FixtureOutput, Co
     comparison = compare(output, reference, model.executor.precision)
     if not comparison.within:
         raise WarmupRefused(
-            f"the loaded package is {comparison.max_abs:.2e} from eager float32, allowed is "
-            f"{comparison.tolerance:g} of the largest logit {comparison.scale:.2e}",
+            f"the loaded package is {comparison.relative_rms:.2e} from eager float32 in relative root mean square, "
+            f"allowed is {comparison.tolerance:g}",
             fix="lower the optimization level, or prepare the model again",
             evidence={"artifact_digest": model.digest, "validation_output": str(comparison.document())},
             stage="a09",
