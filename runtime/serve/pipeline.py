@@ -203,8 +203,8 @@ class _Journey:
     def _failed(self, failure: ClassifiedError | None, retry: RetryDecision) -> ResponseEnvelope:
         so_far = self._progress
         error = failure or _nothing_packaged()
-        return response.failed_response(
-            self._services, error, retry, decision=so_far.decision, tools=so_far.tools,
+        return response.package_failure(
+            self._trace, self._services, error, retry, decision=so_far.decision, tools=so_far.tools,
             usage=so_far.usage.to_document(),
         )  # fmt: skip
 

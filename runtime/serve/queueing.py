@@ -212,7 +212,7 @@ def _emitted(accepted: Accepted, decision: RouteDecision, execution: Execution) 
         },
         "reserved_resources": {"kv_blocks": blocks},
         "queue_us": None if result is None else result.queue_us,
-        "queue_depth": None,
+        "queue_depth": decision.load,
     }
     columns = {"engine_id": decision.binding.engine_id, "kv_blocks": blocks, "step": steps[0] if steps else None}
     return Emitted(document=document, record=record, columns=columns)

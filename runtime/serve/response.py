@@ -7,6 +7,7 @@ its class, its reason and what to do.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from runtime.errors import OutputRejected
@@ -18,7 +19,7 @@ from runtime.serve.routing import RouteDecision
 from runtime.serve.services import Services, Status
 from runtime.serve.stage import Emitted, RequestTrace
 from runtime.serve.validation import Judgement
-from traces.failures import ClassifiedError, RetryDecision
+from traces.failures import ClassifiedError, RetryDecision, TelemetryPersistenceError
 from traces.stages import Stage
 
 
@@ -60,15 +61,7 @@ async def package(
             usage=committed.usage.to_document(),
         )
         packaged.append(envelope)
-        record = {
-            "response_version": RESPONSE_VERSION,
-            "status": "ok",
-            "warnings": len(envelope.warnings),
-            "citations": len(envelope.citations),
-            "continuation_ref": None,
-            "review_ref": None,
-        }
-        return Emitted(document=envelope.to_document(), record=record)
+        return Emitted(document=envelope.to_document(), record=_record(envelope, None))
 
     await trace.stage(Stage.RESPONSE, received, work)
     return packaged[0]
@@ -85,7 +78,8 @@ def route_summary(decision: RouteDecision) -> dict[str, Any]:
     }
 
 
-def failed_response(
+def package_failure(
+    trace: RequestTrace,
     services: Services,
     error: ClassifiedError,
     retry: RetryDecision,
@@ -94,19 +88,17 @@ def failed_response(
     tools: tuple[dict[str, Any], ...],
     usage: dict[str, int],
 ) -> ResponseEnvelope:
-    """Build the response of a request that did not succeed; rejected output is never part of it."""
+    """Package a request that did not succeed; rejected output is never part of it."""
     status = status_of(error, retry)
-    warnings = ()
-    if tools:
-        warnings = ("Tools acted before the request failed; see `tools`.",)
-    return ResponseEnvelope(
+    review = f"review_{services.identity.request_ref.removeprefix('req_')}" if status == "review" else None
+    envelope = ResponseEnvelope(
         request=services.identity.request_ref,
         status=status,
         result=None,
-        warnings=warnings,
+        warnings=("Tools acted before the request failed; see `tools`.",) if tools else (),
         tools=tools,
         route=None if decision is None else route_summary(decision),
-        policy={"decision": "deny" if status in ("refused", "review") else "none"},
+        policy={"decision": "deny" if status in ("refused", "review") else "none", "review": review},
         trace_id=services.identity.trace_id,
         usage=usage,
         failure=FailureReport(
@@ -118,6 +110,11 @@ def failed_response(
             retry=retry.action,
         ),
     )
+    received = {"failure": error.error_type, "stage": error.stage, "retry": retry.action}
+    with contextlib.suppress(TelemetryPersistenceError):  # the caller is told even when nothing can be recorded
+        opened = trace.open(Stage.RESPONSE, received)
+        trace.close(opened, Emitted(document=envelope.to_document(), record=_record(envelope, review)))
+    return envelope
 
 
 def status_of(error: ClassifiedError, retry: RetryDecision) -> Status:
@@ -129,6 +126,17 @@ def status_of(error: ClassifiedError, retry: RetryDecision) -> Status:
     if retry.action == "escalate":
         return "review"
     return "failed"
+
+
+def _record(envelope: ResponseEnvelope, review: str | None) -> dict[str, Any]:
+    return {
+        "response_version": RESPONSE_VERSION,
+        "status": envelope.status,
+        "warnings": len(envelope.warnings),
+        "citations": len(envelope.citations),
+        "continuation_ref": None,
+        "review_ref": review,
+    }
 
 
 def _authorize_again(services: Services, accepted: Accepted) -> None:

@@ -37,6 +37,8 @@ class RouteDecision:
     fallback_plan: tuple[str, ...]
     estimated_cost: int
     """Millionths of a dollar, for one generation of full length."""
+    load: int
+    """Generations that ran or waited on the route when the request was admitted."""
 
 
 async def admit(
@@ -134,7 +136,13 @@ async def _consider(
     )
     pins = pins if services.mode == "live" else context.pins
     return RouteDecision(
-        route=record, binding=binding, pins=pins, prompt=prompt, fallback_plan=rest, estimated_cost=cost
+        route=record,
+        binding=binding,
+        pins=pins,
+        prompt=prompt,
+        fallback_plan=rest,
+        estimated_cost=cost,
+        load=health["in_flight"],
     )
 
 
@@ -201,4 +209,4 @@ def _emitted(accepted: Accepted, decision: RouteDecision, refusals: list[Classif
         "admission": "admitted",
         "fallback_plan": list(decision.fallback_plan),
     }
-    return Emitted(document=document, record=record, columns={"model_route": decision.route.name})
+    return Emitted(document=document, record=record, columns={"queue_depth": decision.load})

@@ -60,24 +60,29 @@ class Event:
 
 @dataclass
 class MemoryRecorder:
-    """A recorder that keeps everything; `refuse` names event types whose mandatory write fails."""
+    """A recorder that keeps everything until a mandatory write that `refuse` names fails; then it keeps nothing."""
 
     events: list[Event] = field(default_factory=list)
     blobs: dict[str, bytes] = field(default_factory=dict)
     refuse: Callable[[str, dict[str, Any]], bool] = lambda event_type, payload: False
+    halted: bool = False
 
     def emit(self, event_type: str, *, payload: dict[str, Any] | None = None, **columns: Any) -> bool:
         json.dumps(payload)
-        self.events.append(Event(event_type, payload or {}, columns))
-        return True
+        if not self.halted:
+            self.events.append(Event(event_type, payload or {}, columns))
+        return not self.halted
 
     async def commit_async(self, event_type: str, *, payload: dict[str, Any] | None = None, **columns: Any) -> None:
         await asyncio.sleep(0)
-        if self.refuse(event_type, payload or {}):
+        self.halted = self.halted or self.refuse(event_type, payload or {})
+        if self.halted:
             raise TelemetryPersistenceError(f"{event_type} cannot be stored", evidence={"record_type": event_type})
         self.emit(event_type, payload=payload, **columns, durability="mandatory")
 
     def put_blob(self, data: bytes) -> str:
+        if self.halted:
+            raise TelemetryPersistenceError("evidence cannot be stored", evidence={"record_type": "blob"})
         reference = "evidence://sha256/" + digest(data)[7:]
         self.blobs[reference] = data
         return reference
@@ -232,7 +237,11 @@ class Desk:
         """Run one request with its tenant's key."""
         if key == "own":
             key = self.deployment.keys()[envelope.tenant] if isinstance(envelope, RequestEnvelope) else None
-        return asyncio.run(run_request(envelope, self.services_for(self.identity(), **changes), api_key=key))
+        services = self.services_for(self.identity(), **changes)
+        try:
+            return asyncio.run(run_request(envelope, services, api_key=key))
+        finally:
+            services.world.release()  # type: ignore[attr-defined]
 
     def replay(self, request_ref: str, *, recorder: MemoryRecorder | None = None, **changes: Any) -> Outcome:
         """Run a recorded request again with nothing live but the scripted model."""
