@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from replay.jobs import Job, Report, ReplayMode
+from replay.jobs import Job, ReplayMode, Report
 from replay.launch import run_job
 from replay.verdict import ReplayVerdict
 

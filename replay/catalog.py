@@ -152,14 +152,19 @@ def list_requests(ledger: Ledger, run_id: str) -> list[RequestSummary]:
 
 
 def last_incident(ledger: Ledger) -> Target | None:
-    """Return the newest request that did not end well or whose replay diverged; None when all is well."""
-    bad = [
-        event
-        for event in ledger.events(event_type=("request.terminal", "replay.verdict"))
-        if (
-            event.payload.get("verdict") == "diverged" if event.event_type == "replay.verdict" else event.status != "ok"
-        )
-    ]
+    """Return the newest incident, or None when all is well.
+
+    An incident is a live request that did not end well, or a faithful replay under unchanged pins that diverged: what
+    was changed on purpose, or run alone, may well differ.
+    """
+    by_type = _by_type(ledger.events(event_type=("run.started", "request.terminal", "replay.verdict")))
+    replays = {event.run_id: event for event in by_type["run.started"] if kind_of(event) == "replay"}
+    bad = [event for event in by_type["request.terminal"] if event.status != "ok" and event.run_id not in replays]
+    for event in by_type["replay.verdict"]:
+        started = replays.get(event.run_id)
+        on_purpose = started is not None and (started.payload.get("set") or started.payload.get("mode") != "faithful")
+        if event.payload.get("verdict") == "diverged" and not on_purpose:
+            bad.append(event)
     newest = max((event for event in bad if event.request_ref), key=lambda event: event.ts_us, default=None)
     return None if newest is None else Target(run_id=newest.run_id, request_ref=newest.request_ref)
 

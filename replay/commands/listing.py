@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     """List runs or requests."""
     ledger = screen.open_ledger(arguments.ledger)
     if arguments.run_id:
-        return _requests(list_requests(ledger, resolve(ledger, arguments.run_id).run_id), as_json=arguments.json)
+        return print_requests(list_requests(ledger, resolve(ledger, arguments.run_id).run_id), as_json=arguments.json)
     runs = list_runs(ledger)
     shown = runs[: arguments.limit] if arguments.limit > 0 else runs
     if arguments.json:
@@ -51,7 +51,8 @@ def _run_row(one: RunSummary) -> tuple[object, ...]:
     return short(one.run_id), kind, screen.moment(one.started_us), took, one.requests, outcome, parent
 
 
-def _requests(found: list[RequestSummary], *, as_json: bool) -> int:
+def print_requests(found: list[RequestSummary], *, as_json: bool) -> int:
+    """Print the requests of a run and return the exit code."""
     if as_json:
         screen.print_json([one.to_document() for one in found])
         return 0

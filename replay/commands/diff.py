@@ -1,0 +1,147 @@
+"""What is different between two recordings?  `replay diff A B`: pins, first difference, tokens, time by stage."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from replay.catalog import Target, list_requests, resolve, short
+from replay.commands import screen
+from replay.errors import UnknownRecording
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from traces.ledger.ledger import Ledger
+
+EXAMPLE = """\
+A and B are requests; RUN/REQUEST names a request of a replay.  Two runs are compared when one replays the other.
+example:
+  replay diff req_0199a req_0199b
+  replay diff req_0199a run_0199/req_0199a      a request and one of its replays
+exit codes: 0 the same, 1 different, 2 no such recording
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `replay diff`."""
+    parser.epilog = EXAMPLE
+    parser.add_argument("left", metavar="A", help="a request, or a run")
+    parser.add_argument("right", metavar="B", help="the other one")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare two requests, or a run and its replay request by request."""
+    from replay.comparison import compare_requests
+
+    ledger = screen.open_ledger(arguments.ledger)
+    left, right = resolve(ledger, arguments.left), resolve(ledger, arguments.right)
+    if (left.request_ref is None) != (right.request_ref is None):
+        raise UnknownRecording("one is a run, the other a request", fix="Give two requests, or two runs.")
+    if left.request_ref is not None:
+        found = compare_requests(ledger, left, right)
+        if arguments.json:
+            screen.print_json(found)
+        else:
+            _print(found)
+        return 0 if found["verdict"] in ("exact", "within_tolerance") else 1
+    return _runs(ledger, left, right, as_json=arguments.json)
+
+
+def _runs(ledger: Ledger, left: Target, right: Target, *, as_json: bool) -> int:
+    """Compare the requests that two runs share."""
+    from replay.comparison import compare_requests
+
+    known = {one.request_ref for one in list_requests(ledger, left.run_id)}
+    shared = [one.request_ref for one in list_requests(ledger, right.run_id) if one.request_ref in known]
+    if not shared:
+        raise UnknownRecording(
+            "the two runs have no request in common", fix="Compare two requests: replay list RUN shows them."
+        )
+    found = [
+        compare_requests(
+            ledger,
+            Target(run_id=left.run_id, request_ref=reference),
+            Target(run_id=right.run_id, request_ref=reference),
+        )
+        for reference in shared
+    ]
+    if as_json:
+        screen.print_json(found)
+    else:
+        out = screen.console()
+        rows = [
+            (short(one["left"]["request"]), screen.verdict_text(one["verdict"]), one["layer"], one["detail"])
+            for one in found
+        ]
+        screen.print_table(out, ("request", "verdict", "layer", "what"), rows)
+        _print_pins(out, found[0]["pins"])
+    return 0 if all(one["verdict"] in ("exact", "within_tolerance") for one in found) else 1
+
+
+def _print(found: dict[str, Any]) -> None:
+    """Print the comparison of two requests."""
+    out = screen.console()
+    out.print(f"A  {found['left']['request']} of {found['left']['run']}", soft_wrap=True)
+    out.print(f"B  {found['right']['request']} of {found['right']['run']}", soft_wrap=True)
+    out.print(screen.verdict_text(found["verdict"]), found["detail"], soft_wrap=True)
+    _print_pins(out, found["pins"])
+    if found["tokens"]:
+        out.print("\n[bold]tokens around the first difference[/bold]")
+        rows = [
+            (
+                f"{'>' if row['first'] else ' '} {row['generation'] + 1}.{row['index']}",
+                row["left"],
+                row["right"],
+                _margin(row["left_margin"]),
+                _margin(row["right_margin"]),
+                row["left_bits"],
+                row["right_bits"],
+            )
+            for row in found["tokens"]
+        ]
+        columns = ("token", "A", "B", "margin A", "margin B", "bits A", "bits B")
+        screen.print_table(out, columns, rows)
+    for number, (one, other) in enumerate(zip(*found["texts"], strict=False)):
+        if one != other:
+            out.print(f"\n[bold]generation {number + 1}[/bold]")
+            out.print(f"A  {one}", soft_wrap=True, markup=False)
+            out.print(f"B  {other}", soft_wrap=True, markup=False)
+    out.print("\n[bold]time on the critical path[/bold]")
+    times = [
+        (
+            row["stage"],
+            screen.duration(row["left_us"]),
+            screen.duration(row["right_us"]),
+            _change(row["left_us"], row["right_us"]),
+        )
+        for row in found["latency"]
+    ]
+    screen.print_table(out, ("stage", "A", "B", "B - A"), times)
+
+
+def _print_pins(out: Console, pins: list[dict[str, Any]]) -> None:
+    if not pins:
+        out.print("\nno pin differs")
+        return
+    out.print("\n[bold]pins that differ[/bold]")
+    explains = {"direct": "can explain it", "observed": "a result, not a cause", "inert": "changes no result"}
+    rows = [
+        (row["pin"], _value(row["left"]), _value(row["right"]), explains.get(row["role"] or "", "")) for row in pins
+    ]
+    screen.print_table(out, ("pin", "A", "B", ""), rows)
+
+
+def _value(value: Any) -> str:
+    text = "-" if value is None else str(value)
+    return text[:19] if text.startswith("sha256:") else text if len(text) <= 48 else text[:45] + "..."
+
+
+def _margin(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _change(left: int | None, right: int | None) -> str:
+    if left is None or right is None:
+        return ""
+    return ("+" if right >= left else "-") + screen.duration(abs(right - left))
