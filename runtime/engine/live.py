@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -117,15 +118,17 @@ class LoopDelivery:
     def __init__(self, loop: asyncio.AbstractEventLoop, on_token: OnToken) -> None:
         self._loop = loop
         self._on_token = on_token
-        self._pending: list[TokenRecord] = []
+        self._pending: deque[TokenRecord] = deque()
+        self._awake = False
 
     def __call__(self, record: TokenRecord) -> None:
         self._pending.append(record)
-        if len(self._pending) == 1:
+        if not self._awake:
+            self._awake = True
             self._loop.call_soon_threadsafe(self.flush)
 
     def flush(self) -> None:
         """Call back for everything that waits; runs on the event loop."""
-        pending, self._pending = self._pending, []
-        for record in pending:
-            self._on_token(record)
+        self._awake = False  # before draining: what arrives from now on asks for another wake-up
+        while self._pending:
+            self._on_token(self._pending.popleft())

@@ -180,6 +180,12 @@ class _Play:
     def along(self, schedule: Schedule, recorded: GenerationResult | None) -> FinishReason:
         """Follow the recorded rows, then go on alone where the recording ends before the sequence does."""
         lives = schedule.lives_of(self._request.sequence_id)
+        if lives and lives[0].known != len(self._tokens):
+            raise PlanMissing(
+                f"the recorded rows are for a prompt of {lives[0].known} tokens, not of {len(self._tokens)}",
+                reason="prompt_differs",
+                fix="replay with --mode alone: another prompt has another schedule",
+            )
         self._lives = max(1, len(lives))
         needs = [schedule.needs(life, own=life.sequence) for life in lives]
         own: dict[tuple[int, int], Table] = {}

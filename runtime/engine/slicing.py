@@ -33,6 +33,8 @@ class Life:
     sequence: int
     number: int
     step: int
+    known: int
+    """Tokens known at the admission."""
     hits: list[Hit]
     rows: list[PlacedRow] = field(default_factory=list[PlacedRow])
 
@@ -56,7 +58,7 @@ class Schedule:
     def _read(self, plan: StepPlan) -> None:
         for admission in plan.admissions:
             lives = self._lives.setdefault(admission.sequence, [])
-            lives.append(Life(admission.sequence, len(lives), plan.step, admission.hits))
+            lives.append(Life(admission.sequence, len(lives), plan.step, admission.known, admission.hits))
         for number, call in enumerate(plan.calls):
             for position, index in enumerate(call.sequences):
                 lives = self._lives.get(index)

@@ -7,8 +7,8 @@ swapped each round, so that a busy machine weighs on both alike.
 from __future__ import annotations
 
 import statistics
+import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from runtime.engine.loop import Engine
 from tests.runtime.engine.toy import WIDTH, ListRecorder, ToyExecutor, ToyModel
 
 ROWS = 32
+TOKENS = 64
 SCHEDULING = SchedulingManifest(max_num_seqs=ROWS, max_num_batched_tokens=1024, num_blocks=1024, batch_sizes=(1, 8, 32))
 
 
@@ -84,10 +85,13 @@ def test_step_overhead(rows: int, vocabulary: int, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
-def test_recording_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """CPU and wall time of 32 rows of the 5.0M-parameter comparison model, recorded against not, in pairs."""
-    from runtime.backends.eager import EagerExecutor
+@pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
+def test_recording_cost(backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The cost of recording 32 rows of the 5.0M-parameter comparison model: by account, and in paired rounds."""
     from runtime.models.random_checkpoint import random_checkpoint
+    from runtime.prepare.load import load_package
+    from runtime.prepare.pipeline import prepare
+    from runtime.prepare.store import PackageStore
     from traces.recorder import Recorder
 
     folder = random_checkpoint(
@@ -101,36 +105,73 @@ def test_recording_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         head_dim=64,
         max_positions=2048,
     )
-    executor = EagerExecutor.from_checkpoint(folder, bounds=Bounds(max_batch=64, max_tokens=512, max_context=2048))
+    store = PackageStore(tmp_path / "ledger")
+    model = load_package(store, prepare(folder, backend=backend, store=store).digest)
     with Recorder(tmp_path / "ledger", run_id="run_bench", component="engine") as recorder:
-        cost = compare(lambda: Engine(ToyModel(executor), SCHEDULING, recorder), executor, rounds=8)
+        watched = WatchedRecorder(recorder)
+        cpu, wall, account, step_us = compare(model, watched, rounds=8)
     with capsys.disabled():
-        print(f"\nrecording at {ROWS} rows: CPU {cost[0]:+.1%}, wall {cost[1]:+.1%} (medians of paired rounds)")
+        print(
+            f"\nrecording, {backend}, {ROWS} rows: {account:.2%} of CPU by account; paired rounds: CPU {cpu:+.1%}, "
+            f"wall {wall:+.1%}; a step takes {step_us:.0f} us of CPU"
+        )
 
 
-def compare(recorded: Callable[[], Engine], executor: Any, *, rounds: int) -> tuple[float, float]:
-    """Return the relative CPU and wall cost of the recorded engine."""
+class WatchedRecorder:
+    """Counts the CPU time that the engine's thread spends in the recorder."""
+
+    def __init__(self, recorder: Any) -> None:
+        self._recorder = recorder
+        self.seconds = 0.0
+
+    def emit(self, event_type: str, *, payload: dict[str, Any] | None = None, **columns: Any) -> bool:
+        """Hand on, on the clock."""
+        began = time.thread_time()
+        kept = self._recorder.emit(event_type, payload=payload, **columns)
+        self.seconds += time.thread_time() - began
+        return bool(kept)
+
+    def put_blob(self, data: bytes) -> str:
+        """Hand on, on the clock."""
+        began = time.thread_time()
+        name = self._recorder.put_blob(data)
+        self.seconds += time.thread_time() - began
+        return str(name)
+
+    def total(self) -> float:
+        """CPU seconds of the recorder so far: in the engine's thread and in the writer's."""
+        writer = next(thread for thread in threading.enumerate() if thread.name.startswith("outbox-"))
+        return self.seconds + time.clock_gettime(time.pthread_getcpuclockid(writer.ident or 0))
+
+
+def compare(model: Any, recorder: WatchedRecorder, *, rounds: int) -> tuple[float, float, float, float]:
+    """Return the relative cost of the recorded engine: CPU and wall (paired), CPU by account, and CPU us of a step."""
     cpu: list[float] = []
     wall: list[float] = []
-    with recorded() as one, Engine(ToyModel(executor), SCHEDULING, NoRecorder()) as other:
+    account: list[float] = []
+    steps: list[float] = []
+    with Engine(model, SCHEDULING, recorder) as one, Engine(model, SCHEDULING, NoRecorder()) as other:
         for number in range(rounds + 1):
             order = (one, other) if number % 2 else (other, one)
+            before = recorder.total()
             spent = {engine: spend(engine, seed=number) for engine in order}
             if number:  # the first round warms up
                 cpu.append(spent[one][0] / spent[other][0] - 1)
                 wall.append(spent[one][1] / spent[other][1] - 1)
-    return statistics.median(cpu), statistics.median(wall)
+                recording = recorder.total() - before
+                account.append(recording / (spent[one][0] - recording))
+                steps.append(spent[other][0] / TOKENS * 1e6)
+    return statistics.median(cpu), statistics.median(wall), statistics.median(account), statistics.median(steps)
 
 
 def spend(engine: Engine, *, seed: int) -> tuple[float, float]:
     """CPU and wall seconds of one round."""
     draw = np.random.default_rng(seed)
+    prompts = [tuple(draw.integers(0, 4096, 32).tolist()) for _ in range(ROWS)]
     began = time.process_time(), time.perf_counter()
     handles = [
-        engine.submit(
-            GenerationRequest(f"s{n}", "t", tuple(draw.integers(0, 4096, 32).tolist()), Sampling(max_tokens=64))
-        )
-        for n in range(ROWS)
+        engine.submit(GenerationRequest(f"s{n}", "t", prompt, Sampling(max_tokens=TOKENS)))
+        for n, prompt in enumerate(prompts)
     ]
     for handle in handles:
         handle.wait(120)

@@ -50,10 +50,10 @@ def test_a_result_carries_its_evidence_and_its_times_add_up() -> None:
 def test_stop_tokens_end_a_sequence() -> None:
     """The stop token is the last token."""
     with engine() as live:
-        free = live.submit(request(max_tokens=8)).wait(10)
+        free = live.submit(request(max_tokens=8)).wait(60)
         stop = next(token for place, token in enumerate(free.tokens) if place >= 2)
         first = free.tokens.index(stop)
-        stopped = live.submit(request(max_tokens=8, stop=(stop,))).wait(10)
+        stopped = live.submit(request(max_tokens=8, stop=(stop,))).wait(60)
     assert stopped.tokens == free.tokens[: first + 1]
     assert stopped.finish_reason == "stop"
 
@@ -61,9 +61,9 @@ def test_stop_tokens_end_a_sequence() -> None:
 def test_forced_tokens_are_fed_and_the_choice_is_recorded() -> None:
     """The records say what would have been chosen under the forced history."""
     with engine() as live:
-        free = live.submit(request(max_tokens=4)).wait(10)
+        free = live.submit(request(max_tokens=4)).wait(60)
         other = tuple((token + 1) % 50 for token in free.tokens)
-        forced = live.submit(request(max_tokens=4, forced_tokens=other)).wait(10)
+        forced = live.submit(request(max_tokens=4, forced_tokens=other)).wait(60)
     assert forced.tokens == other
     assert forced.records[0].token == free.tokens[0]
     assert forced.records[0].logits_digest == free.records[0].logits_digest
@@ -79,7 +79,7 @@ def test_malformed_and_oversized_requests_are_refused_and_others_go_on() -> None
             live.submit(request(prompt=()))
         with pytest.raises(SamplingRefused):
             live.submit(request(prompt=(50,)))
-        assert live.submit(request()).wait(10).finish_reason == "length"
+        assert live.submit(request()).wait(60).finish_reason == "length"
 
 
 def test_a_failing_call_fails_its_own_rows_only() -> None:
@@ -88,9 +88,9 @@ def test_a_failing_call_fails_its_own_rows_only() -> None:
         handles = [live.submit(request(str(n), prompt=(n + 1,) * 20, max_tokens=3)) for n in range(2)]
         bad = live.submit(request("bad", prompt=(49, 1)))
         with pytest.raises(EngineFailed) as caught:
-            bad.wait(10)
+            bad.wait(60)
         assert caught.value.failure_class is FailureClass.MODEL_PROVIDER
-        assert live.submit(request("after")).wait(10).finish_reason == "length"
+        assert live.submit(request("after")).wait(60).finish_reason == "length"
         assert all(handle.done for handle in handles)
 
 
@@ -100,10 +100,10 @@ def test_cancelling_frees_the_blocks_and_names_who_asked() -> None:
     recorder = ListRecorder()
     with Engine(ToyModel(ToyExecutor()), SCHEDULING, recorder) as live:
         handle = live.submit(request(max_tokens=200), lambda _: seen.set())
-        seen.wait(10)
+        seen.wait(60)
         handle.cancel("operator")
         handle.cancel("again")
-        result = handle.wait(10)
+        result = handle.wait(60)
     assert result.finish_reason == "cancelled"
     assert result.cancel_origin == "operator"
     assert 1 <= len(result.tokens) < 200
@@ -115,7 +115,7 @@ def test_a_passed_deadline_gives_the_partial_output() -> None:
     """By an injected clock: one microsecond a look."""
     ticks = iter(range(1_000_000))
     with Engine(ToyModel(ToyExecutor()), SCHEDULING, ListRecorder(), clock=lambda: next(ticks)) as live:
-        result = live.submit(request(max_tokens=200, deadline_us=100)).wait(10)
+        result = live.submit(request(max_tokens=200, deadline_us=100)).wait(60)
     assert result.finish_reason == "deadline"
     assert 0 < len(result.tokens) < 200
 
@@ -128,8 +128,8 @@ def test_a_raising_callback_cancels_its_own_sequence() -> None:
 
     with engine() as live:
         handle = live.submit(request(max_tokens=100), broken)
-        assert handle.wait(10).cancel_origin == "token_callback_failed"
-        assert live.submit(request()).wait(10).finish_reason == "length"
+        assert handle.wait(60).cancel_origin == "token_callback_failed"
+        assert live.submit(request()).wait(60).finish_reason == "length"
 
 
 def test_closing_ends_what_is_left_and_draining_finishes_it() -> None:

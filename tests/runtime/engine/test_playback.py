@@ -254,6 +254,15 @@ def test_a_lost_step_is_named_only_by_those_who_need_it(toy: tuple[ToyModel, Rec
     assert playback.result.document() == holed.replay(unknown, "alone").document()
 
 
+def test_another_prompt_has_no_recorded_rows(toy: tuple[ToyModel, Recording]) -> None:
+    """Refused along the plan, possible alone."""
+    model, recording = toy
+    longer = msgspec.structs.replace(recording.requests[3], prompt=(*recording.requests[3].prompt, 1))
+    with pytest.raises(PlanMissing):
+        player(model, recording, TIGHT).replay(longer, "faithful", recording.results[3])
+    assert player(model, recording, TIGHT).replay(longer, "alone").tokens
+
+
 def test_a_failed_sequence_replays_up_to_its_failure() -> None:
     """The rows before the failing call are repeated exactly; the call that failed is not run."""
     requests = requests_with_shared_prefixes(6, seed=5, vocab_size=40)
