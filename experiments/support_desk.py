@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
-from experiments.workloads import Workload, WorkloadRequest
+from experiments.workloads import ActivatePackage, Workload, WorkloadRequest
 
 DEFAULT_GAP_US = 60_000
 """Mean time between arrivals: short enough that requests share batches on two cores."""
@@ -51,3 +52,23 @@ def support_desk_workload(
         )
         at_us += round(rng.expovariate(1 / mean_gap_us))
     return Workload(name=f"support-desk-{seed}", items=tuple(requests))
+
+
+def switched_workload(
+    seed: int, count: int, *, route: str, package: str, mean_gap_us: int = DEFAULT_GAP_US
+) -> Workload:
+    """Return a support-desk workload in whose middle `route` is switched to another package: a planted incident.
+
+    The first question is asked again right after the switch, so that one question has an answer from either side.
+    Needs at least two requests.
+    """
+    if count < 2:
+        raise ValueError("a switch needs a request on either side")
+    plain = support_desk_workload(seed, count, mean_gap_us=mean_gap_us)
+    requests = list(plain.requests)
+    middle = count // 2
+    first = requests[0]
+    again = replace(first, at_us=requests[middle].at_us)
+    switch = ActivatePackage(at_us=again.at_us, route=route, package=package)
+    items = (*requests[:middle], switch, again, *requests[middle + 1 :])
+    return Workload(name=f"support-desk-{seed}-switched", items=items)
