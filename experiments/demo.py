@@ -204,7 +204,7 @@ class _Demo:
 
         where = ["--ledger", str(self.ledger)]
         self.out.print(
-            f"\n[bold]$ replay diff {_short(before)} {_short(after)}[/bold]   one question, before and after"
+            f"\n[bold]$ replay diff {_short(before)} {_short(after)}[/bold]   one question, both sides"
         )
         replay(["diff", before, after, *where])
         self.out.print(f"\n[bold]$ replay show {_short(after)}[/bold]")
