@@ -15,7 +15,7 @@ from traces.ledger.ledger import Ledger
 from traces.recorder import Recorder
 
 QUICK = settings(
-    max_examples=4,
+    max_examples=3,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],
@@ -74,7 +74,7 @@ actions = st.lists(
 texts = st.text(max_size=20) | st.sampled_from(["\x00", "é\ud7ff", '"quoted"', "a\nb"])
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(script=actions, text=texts)
 def test_no_false_alarm(script: list[tuple[str, int]], text: str) -> None:
     """Whatever is recorded, drained, rebuilt and compacted in whatever order, an undamaged ledger verifies."""

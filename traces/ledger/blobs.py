@@ -6,12 +6,18 @@ does nothing; reading verifies the digest, always.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from traces.evidence import check, hex_digest, reference_to
 from traces.failures import EvidenceError
-from traces.ledger.layout import sync_folder, write_durably
+from traces.ledger.layout import sync_folder
+
+_SYNC_THREADS = 32
 
 
 class BlobStore:
@@ -31,14 +37,53 @@ class BlobStore:
 
     def put(self, data: bytes) -> str:
         """Store bytes durably and return their reference."""
-        reference = reference_to(data)
-        path = self.path_of(reference)
-        if not path.is_file():
+        return self.put_many([data])[0]
+
+    def put_many(self, contents: Sequence[bytes]) -> list[str]:
+        """Store many pieces durably and return their references, with one sync a file and one a folder.
+
+        Raises:
+            OSError: something could not be written; whatever was is complete, and storing again is harmless.
+        """
+        references = [reference_to(data) for data in contents]
+        wanted = dict(zip(references, contents, strict=True))
+        missing = [(self.path_of(reference), data) for reference, data in wanted.items() if not self.has(reference)]
+        if len(missing) > 1:
+            with ThreadPoolExecutor(_SYNC_THREADS) as pool:  # concurrent syncs share the file system's journal commits
+                temporaries = list(pool.map(self._write_temporary, missing))
+        else:
+            temporaries = [self._write_temporary(piece) for piece in missing]
+        folders: set[Path] = set()
+        for temporary, (path, _) in zip(temporaries, missing, strict=True):
             if not path.parent.is_dir():
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                sync_folder(self.folder)
-            write_durably(path, data)
-        return reference
+                folders.add(self.folder)
+            temporary.replace(path)
+            folders.add(path.parent)
+        if len(folders) > 2:
+            with ThreadPoolExecutor(_SYNC_THREADS) as pool:
+                list(pool.map(sync_folder, folders))
+        else:
+            for folder in folders:
+                sync_folder(folder)
+        return references
+
+    def _write_temporary(self, piece: tuple[Path, bytes]) -> Path:
+        path, data = piece
+        temporary = self.folder / f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return temporary
+
+    def discard_unfinished(self) -> None:
+        """Remove what killed writers left behind an hour ago or earlier."""
+        for temporary in self.folder.glob(".*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if temporary.stat().st_mtime < time.time() - 3_600:
+                    temporary.unlink()
 
     def get(self, reference: str) -> bytes:
         """Return the bytes of a reference.

@@ -12,7 +12,6 @@ import os
 import sqlite3
 import time
 from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from traces.ledger.projection import ProjectionBusy, open_database, project
 from traces.ledger.segments import OutboxRow, Segments
 
 ROWS_PER_SEGMENT = 100_000
-_BLOB_BATCH = 64
+_BLOB_BATCH = 500
 
 
 @dataclass
@@ -87,6 +86,7 @@ class Drainer:
         """Finish what an earlier drain left, then move everything that is in the outboxes now."""
         report = DrainReport()
         self.segments.discard_unfinished()
+        self.blobs.discard_unfinished()
         last = self.segments.last()
         if last is not None:
             self._finish(last)
@@ -151,8 +151,7 @@ class Drainer:
             bodies = [
                 bytes(row[0]) for row in connection.execute(f"SELECT body FROM blob WHERE digest IN ({marks})", batch)
             ]
-            with ThreadPoolExecutor(8) as pool:  # concurrent fsyncs share journal commits
-                list(pool.map(self.blobs.put, bodies))
+            self.blobs.put_many(bodies)
         connection.execute("COMMIT")
         for start in range(0, len(digests), _BLOB_BATCH):
             batch = digests[start : start + _BLOB_BATCH]

@@ -10,7 +10,6 @@ import random
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
 _BUSY = ("could not set lock", "different configuration", "conflicting lock", "already attached", "unique file handle")
 _ROWS_PER_TRANSACTION = 100_000
+_CHUNK = 4_096
 _INSERT = "INSERT INTO event SELECT {columns} FROM incoming"
 
 
@@ -180,24 +180,29 @@ def event_table(rows: Sequence[tuple[int, SegmentRow]]) -> Any:
     """Return (segment number, row) pairs in (run_id, seq) order as an Arrow table, the payload as JSON text."""
     import pyarrow
 
-    row_type = _row_type()
-    decode = cast("Callable[[bytes], Any]", msgspec.json.Decoder(row_type).decode)
-    pairs = [(decode(row.body), number, row) for number, row in rows]
-    runs = [event.run_id for event, _, _ in pairs]
-    if any(later < earlier for earlier, later in pairwise(runs)):
-        pairs.sort(key=lambda pair: pair[0].run_id)  # stable: inside a run the ledger order stays
-    columns: dict[str, tuple[Any, ...]] = dict.fromkeys(row_type.__struct_fields__, ())
-    if pairs:
-        values = zip(*[msgspec.structs.astuple(event) for event, _, _ in pairs], strict=True)
-        columns = dict(zip(row_type.__struct_fields__, values, strict=True))
+    decode = cast("Callable[[bytes], Any]", msgspec.json.Decoder(_row_type()).decode)
+    chunks = [_chunk(rows[start : start + _CHUNK], decode) for start in range(0, max(len(rows), 1), _CHUNK)]
+    table = pyarrow.concat_tables(chunks)
+    runs = table.column("run_id")
+    if len(runs.unique()) > 1:
+        table = table.sort_by([("run_id", "ascending"), ("seq", "ascending")])
+    return table
+
+
+def _chunk(rows: Sequence[tuple[int, SegmentRow]], decode: Callable[[bytes], Any]) -> Any:
+    """Turn a few thousand rows into columns: few enough that they are still in the processor's cache."""
+    import pyarrow
+
+    events = [msgspec.structs.astuple(decode(row.body)) for _, row in rows]
+    values: list[tuple[Any, ...]] = list(zip(*events, strict=True)) if events else [()] * len(ENVELOPE)
     arrays: dict[str, Any] = {
-        "seq": pyarrow.array([row.seq for _, _, row in pairs], pyarrow.int64()),
-        "segment": pyarrow.array([number for _, number, _ in pairs], pyarrow.int32()),
-        "leaf_hash": pyarrow.array([row.leaf for _, _, row in pairs], pyarrow.binary()),
+        "seq": pyarrow.array([row.seq for _, row in rows], pyarrow.int64()),
+        "segment": pyarrow.array([number for number, _ in rows], pyarrow.int32()),
+        "leaf_hash": pyarrow.array([row.leaf for _, row in rows], pyarrow.binary()),
     }
-    for column in ENVELOPE:
-        arrays[column.name] = _arrow_column(column, columns[column.name])
-    arrays["body"] = pyarrow.array([row.body for _, _, row in pairs], pyarrow.binary())
+    for column, entries in zip(ENVELOPE, values, strict=True):
+        arrays[column.name] = _arrow_column(column, entries)
+    arrays["body"] = pyarrow.array([row.body for _, row in rows], pyarrow.binary())
     return pyarrow.table(arrays)
 
 
