@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -132,10 +133,19 @@ def compile_program(request: dict[str, Any], reporter: Reporter) -> None:
         )
     reporter.send(
         "lowered",
+        compiler=compiler_version(),
         commands=reporter.commands,
         kernels=metrics.generated_kernel_count,
         nodes_before_fusion=metrics.ir_nodes_pre_fusion,
     )
+
+
+def compiler_version() -> str:
+    """Ask the C++ compiler for its name and version: with another one the same program gives other code."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    answer = subprocess.run([get_cpp_compiler(), "--version"], capture_output=True, text=True, check=True)
+    return answer.stdout.splitlines()[0].strip()
 
 
 def main(arguments: list[str]) -> int:

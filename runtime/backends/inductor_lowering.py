@@ -31,6 +31,7 @@ class InductorLowering(ExportedLowering):
     _build: BuildProcess | None = None
     _passes: tuple[str, ...] = ()
     _isa: str = ""
+    _compiler: str = ""
 
     @property
     def freezing(self) -> bool:
@@ -94,11 +95,14 @@ class InductorLowering(ExportedLowering):
         programs.check_conserved(
             contents["symbols"], self.options.bounds, stage="a06", where="the compiled package's checks"
         )
-        self._isa = contents["isa"]
+        self._isa, self._compiler = contents["isa"], report["compiler"]
         build_us = sum(entry["us"] for entry in report["commands"])
         record = {
             "target": {**target(), "aoti_isa": contents["isa"]},
-            "compiler_flags": sorted({flag for entry in report["commands"] for flag in entry["flags"]}),
+            "compiler_flags": {
+                "compiler": self._compiler,
+                "flags": sorted({flag for entry in report["commands"] for flag in entry["flags"]}),
+            },
             "code_size_bytes": contents["code_bytes"],
             "tuning_record": unknown("autotuning is off: it would make the build depend on measured times"),
             "kernel_inventory": {
@@ -123,7 +127,7 @@ class InductorLowering(ExportedLowering):
             "backend_version": self.versions["torch"],
             "optimization_level": DEFAULT_LEVEL,
             "passes": self._passes,
-            "flags": {**base["flags"], "freezing": str(self.freezing).lower(), "isa": self._isa},
+            "flags": {**base["flags"], "freezing": str(self.freezing).lower(), "isa": self._isa, "cxx": self._compiler},
             "required_isa": tuple(self._isa.split()),
         }
 

@@ -123,7 +123,7 @@ class OrtLowering(ExportedLowering):
         comparison = compare_with_reference(self._executor(), self.model_folder)
         if not comparison.within:
             raise BackendRefused(
-                f"the optimized graph differs from eager by {comparison.max_abs:.2e}",
+                f"the optimized graph differs from eager by {comparison.relative_rms:.2e} (relative root mean square)",
                 fix="lower the optimization level",
                 evidence={"validation_output": json.dumps(comparison.document())},
                 stage="a04",

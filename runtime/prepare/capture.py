@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.backends.contract import Bounds
 from runtime.backends.protocol import Backend, BuildOptions, Lowering
 from runtime.prepare.stage import StageOutcome
 
@@ -49,6 +50,20 @@ def run(source: Source) -> StageOutcome[Captured]:
     source.resources.callback(lowering.close)
     boundary = lowering.capture()
     return StageOutcome(Captured(source, lowering, boundary.emitted), boundary.record)
+
+
+def read_options(document: Mapping[str, Any]) -> BuildOptions:
+    """Read what `options_document` wrote, to prepare in the same way again."""
+    symbols = document["symbols"]
+    return BuildOptions(
+        precision=document["precision"],
+        norm=document["norm"],
+        optimization=document["optimization"],
+        flags=dict(document["flags"]),
+        providers=tuple(document["providers"]),
+        bounds=Bounds(max_batch=symbols["B"][1], max_tokens=symbols["T"][1], max_context=symbols["S"][1]),
+        threads=document["threads"],
+    )
 
 
 def options_document(options: BuildOptions) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +15,17 @@ if TYPE_CHECKING:
 
     from runtime.backends.protocol import BuildOptions
     from runtime.prepare.pipeline import PreparedPackage
+    from runtime.prepare.store import PackageStore
     from traces.failures import ClassifiedError
 
 EPILOG = """\
 examples:
   replaylab prepare runtime/models/reference --backend onnxruntime --name desk
   replaylab prepare runtime/models/reference --backend inductor --flag freezing=true --json
+  replaylab prepare runtime/models/reference --like desk
 
-exit codes: 0 prepared and ready, 2 refused (the model, the backend or an option does not fit), 3 failed
+exit codes: 0 prepared and ready, 1 rebuilt with --like and something differs,
+            2 refused (the model, the backend or an option does not fit), 3 failed
 Nothing that is already in the store is changed by a failure.
 """
 
@@ -45,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=512, help="bound of new tokens a row (default: %(default)s)")
     parser.add_argument("--max-context", type=int, default=1024, help="bound of cached tokens (default: %(default)s)")
     parser.add_argument("--deadline", type=int, default=600, metavar="SECONDS", help="for compilers (%(default)s)")
+    parser.add_argument(
+        "--like", metavar="PACKAGE", help="rebuild with this package's options and name the first stage that differs"
+    )
     parser.add_argument("--name", help="also point this name at the package")
     parser.add_argument("--ledger", type=Path, help="ledger folder (default: REPLAYLAB_LEDGER or ./ledger)")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
@@ -59,24 +66,29 @@ def run(arguments: argparse.Namespace) -> int:
 
     console = Console(stderr=True)
     try:
-        prepared = _prepare(arguments, console)
+        prepared, rebuilt = _prepare(arguments, console)
     except ClassifiedError as error:
         return report_failure(error, as_json=arguments.json)
     if arguments.json:
-        print(json.dumps(_document(prepared, arguments.name), indent=2))
-        return 0
+        print(json.dumps({**_document(prepared, arguments.name), "rebuild": rebuilt}, indent=2))
+        return 1 if rebuilt and not rebuilt["equal"] else 0
     from runtime.prepare.table import stage_table
 
     out = Console()
     out.print(stage_table(prepared.reports))
     name = f"  ({arguments.name})" if arguments.name else ""
     out.print(f"ready: [bold]{prepared.digest}[/bold]{name}", soft_wrap=True)
-    return 0
+    if rebuilt is None:
+        return 0
+    verdict = "equal in all nine stages" if rebuilt["equal"] else f"first differs at stage {rebuilt['first_stage']}"
+    out.print(f"rebuilt like {rebuilt['package']}: {verdict}", soft_wrap=True)
+    return 0 if rebuilt["equal"] else 1
 
 
-def _prepare(arguments: argparse.Namespace, console: Console) -> PreparedPackage:
+def _prepare(arguments: argparse.Namespace, console: Console) -> tuple[PreparedPackage, dict[str, Any] | None]:
     from uuid_utils import uuid7
 
+    from runtime.prepare.compare import compare_rebuild
     from runtime.prepare.pipeline import prepare
     from runtime.prepare.store import PackageStore
     from runtime.prepare.table import StageProgress
@@ -84,9 +96,10 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> PreparedPackage
     from traces.recorder import Recorder
 
     ledger: Path = arguments.ledger or default_ledger()
-    options = _options(arguments)
+    store = PackageStore(ledger)
+    options = _options(arguments, store)
+    before = store.preparation(arguments.like) if arguments.like else None
     with Recorder(ledger, run_id=f"run_{uuid7().hex}", component="prepare") as recorder:
-        store = PackageStore(ledger)
         started = {"kind": "preparation", "model": arguments.model.resolve().name, "backend": arguments.backend}
         recorder.commit("run.started", payload=started, track="A")
         try:
@@ -105,15 +118,27 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> PreparedPackage
         except BaseException as error:
             recorder.commit("run.completed", payload={"error": type(error).__name__}, track="A", status="error")
             raise
-        recorder.commit("run.completed", payload={"package": prepared.digest}, track="A", status="ok")
-        return prepared
+        recorder.commit(
+            "run.completed",
+            payload={"package": prepared.digest},
+            track="A",
+            status="ok",
+            result_ref=recorder.put_blob(prepared.preparation.canonical()),
+        )
+        return prepared, compare_rebuild(store, arguments.like, before, prepared.preparation)
 
 
-def _options(arguments: argparse.Namespace) -> BuildOptions:
+def _options(arguments: argparse.Namespace, store: PackageStore) -> BuildOptions:
     from runtime.backends.contract import Bounds
     from runtime.backends.errors import BackendRefused
     from runtime.backends.protocol import BuildOptions
+    from runtime.prepare.capture import read_options
 
+    if arguments.like:
+        arguments.like = store.resolve(arguments.like)
+        manifest = store.read_manifest(arguments.like)
+        arguments.backend = manifest.compiler.backend
+        return replace(read_options(manifest.options), deadline_seconds=arguments.deadline)
     flags: dict[str, str] = {}
     for text in arguments.flag:
         name, sign, value = text.partition("=")

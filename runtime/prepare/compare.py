@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from manifests.preparation import PreparationManifest
 from runtime.prepare.manifest import PackageManifest
 from runtime.prepare.store import PackageStore
 
@@ -25,6 +26,21 @@ def compare_packages(store: PackageStore, left: str, right: str) -> dict[str, An
         "first_stage": first_stage(one, two),
         "differences": differences,
     }
+
+
+def compare_rebuild(
+    store: PackageStore, package: str | None, original: PreparationManifest | None, rebuilt: PreparationManifest
+) -> dict[str, Any] | None:
+    """Compare a rebuild with the preparation that made `package`, over all nine stages; None without a package.
+
+    Without the original's own record of nine, the six in the package's signed manifest are compared.
+    """
+    if package is None:
+        return None
+    stages = original.stages if original is not None else store.read_manifest(package).stages
+    pairs = zip(stages, rebuilt.stages, strict=False)
+    first = next((f"{a.stage} {a.name}" for a, b in pairs if a.output_digest != b.output_digest), None)
+    return {"package": package, "equal": first is None, "first_stage": first, "stages_compared": len(stages)}
 
 
 def first_stage(one: PackageManifest, two: PackageManifest) -> str | None:

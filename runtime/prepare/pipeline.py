@@ -63,8 +63,7 @@ def prepare(
             packaged = value if stage is Stage.PACKAGE else packaged
     preparation = describe_preparation(packaged.manifest, checkpoint.digest, journal)
     store.write_baseline(packaged.digest, baseline_document(journal))
-    if recorder is not None:
-        recorder.put_blob(preparation.canonical())
+    store.write_preparation(packaged.digest, preparation)
     return PreparedPackage(packaged.digest, packaged.path, packaged.manifest, preparation, tuple(journal.reports))
 
 

@@ -4,6 +4,7 @@ packages/sha256-<hex>/manifest.json    the package manifest; its digest is the p
                       signature.json   DSSE envelope over the manifest
                       ...              exactly the files that the manifest lists
 packages/sha256-<hex>.baseline.json    what stages 8 and 9 measured on this machine
+packages/sha256-<hex>.preparation.json the nine stages without times, to rebuild and compare with
 packages/aliases.json                  names that people use
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 
 from manifests.canonical import canonical_bytes, digest, is_digest
 from manifests.errors import ManifestError
+from manifests.preparation import PreparationManifest
 from runtime.prepare import signature
 from runtime.prepare.errors import PackageRefused, PackageUnknown
 from runtime.prepare.manifest import PackageFile, PackageManifest
@@ -146,6 +148,24 @@ class PackageStore:
             return dict(json.loads(self._baseline(package_digest).read_bytes()))
         except FileNotFoundError:
             return None
+
+    def write_preparation(self, package_digest: str, preparation: PreparationManifest) -> None:
+        """Keep the nine stages of the newest preparation that led to this package."""
+        write_durably(self._preparation(package_digest), preparation.canonical(), mode=0o644)
+
+    def preparation(self, package_digest: str) -> PreparationManifest | None:
+        """Read the nine stages; None when the package came from elsewhere.
+
+        The document is not covered by the package's signature: stages a01 to a06 are, in the package's own manifest.
+        """
+        try:
+            data = self._preparation(package_digest).read_bytes()
+        except FileNotFoundError:
+            return None
+        return PreparationManifest.from_bytes(data)
+
+    def _preparation(self, package_digest: str) -> Path:
+        return self.path(package_digest).with_suffix(".preparation.json")
 
     def _baseline(self, package_digest: str) -> Path:
         return self.path(package_digest).with_suffix(".baseline.json")

@@ -79,7 +79,7 @@ def _known(value: Any, show: Callable[[Any], str] = str) -> str:
 
 def _validation(record: Mapping[str, Any], name: str) -> str:
     return _known(
-        record[name], lambda found: f"{found['max_abs']} from eager float32, argmax equal {found['argmax_equal']}"
+        record[name], lambda found: f"max {found['max_abs']} from eager float32, argmax equal {found['argmax_equal']}"
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import replaylab
+from runtime.models.random_checkpoint import random_checkpoint
 from runtime.prepare.pipeline import PreparedPackage
 from runtime.prepare.store import PackageStore
 from traces.ledger.ledger import Ledger
@@ -31,6 +32,19 @@ def test_prepare_records_into_the_ledger_and_names_the_package(
     assert {event.track for event in events if event.stage} == {"A"}
     assert replaylab.main(["packages", "show", "desk", "--ledger", str(tmp_path)]) == 0
     assert "a09 warm" in capsys.readouterr().out
+
+
+def test_a_rebuild_like_a_package_says_whether_all_nine_stages_agree(
+    model_folder: Path, copied_store: PackageStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = next(d for d in copied_store.digests() if copied_store.read_manifest(d).compiler.backend == "eager")
+    words = ["prepare", str(model_folder), "--like", first, "--ledger", str(tmp_path), "--json"]
+    assert replaylab.main(words) == 0
+    rebuild = json.loads(capsys.readouterr().out)["rebuild"]
+    assert rebuild == {"package": first, "equal": True, "first_stage": None, "stages_compared": 9}
+    other = random_checkpoint(tmp_path / "other", seed=4)
+    assert replaylab.main(["prepare", str(other), *words[2:]]) == 1
+    assert json.loads(capsys.readouterr().out)["rebuild"]["first_stage"] == "a01 capture"
 
 
 def test_a_refusal_is_one_error_with_class_and_fix(
