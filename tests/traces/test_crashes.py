@@ -32,7 +32,7 @@ def test_a_hundred_kills() -> None:
 
 @pytest.mark.parametrize("broken", ["acknowledge-queued", "delete-first"])
 def test_the_trials_catch_a_broken_build(broken: str) -> None:
-    outcome = trials("--trials", "20", "--seed", "3", "--broken", broken)
+    outcome = trials("--trials", "10", "--seed", "3", "--broken", broken)
     assert outcome["lost"] > 0
 
 

@@ -94,6 +94,47 @@ def test_commits_from_an_event_loop_share_groups(tmp_path: Path) -> None:
         assert len(bodies(tmp_path / "ledger")) == 200
 
 
+def test_a_cancelled_waiter_stops_nobody_else(tmp_path: Path) -> None:
+    """Cancelling a task that waits for its commit must not take the writer down with it."""
+    with Recorder(tmp_path / "ledger", run_id="run_1", component="test") as recorder:
+
+        async def cancel_some() -> None:
+            tasks = [asyncio.ensure_future(recorder.commit_async("x", step=number)) for number in range(60)]
+            await asyncio.sleep(0)
+            for task in tasks[::2]:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            assert [result for result in results[1::2] if result is not None] == []
+
+        asyncio.run(cancel_some())
+        recorder.commit("after")
+        assert not recorder.halted
+    steps = [event.get("step") for event in bodies(tmp_path / "ledger") if event["event_type"] == "x"]
+    assert len(steps) == len(set(steps))
+    assert set(range(1, 60, 2)) <= set(steps)
+
+
+def test_closing_while_others_commit_leaves_nobody_waiting(tmp_path: Path) -> None:
+    for round_number in range(20):
+        recorder = Recorder(tmp_path / f"ledger{round_number}", run_id="run_1", component="test")
+        acknowledged: list[int] = []
+
+        def work(recorder: Recorder = recorder, acknowledged: list[int] = acknowledged) -> None:
+            for number in range(1_000):
+                try:
+                    recorder.commit("x", step=number)
+                except TelemetryPersistenceError:
+                    return
+                acknowledged.append(number)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        recorder.close()
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+        assert len(bodies(tmp_path / f"ledger{round_number}")) >= len(acknowledged)
+
+
 def test_sequence_numbers_are_dense_under_threads(tmp_path: Path) -> None:
     with Recorder(tmp_path / "ledger", run_id="run_1", component="test") as recorder:
 

@@ -73,6 +73,7 @@ class Outbox:
         self._idle = True
         self._awaited = False
         self._closing = False
+        self._stopped = False
         self._full = True
         self._drops_reported = 0
         self._drop_lock = threading.Lock()
@@ -108,7 +109,7 @@ class Outbox:
         self._queue.append(Entry(event, blob, acknowledge))
         self._awaited = True
         self._wake.set()
-        if self.failure is not None or not self._thread.is_alive():
+        if self._stopped:
             self._refuse_queue()  # the writer may have gone between the check and the append
         return acknowledge
 
@@ -166,16 +167,17 @@ class Outbox:
     def _write_group(self) -> None:
         self._awaited = False
         group = [self._queue.popleft() for _ in range(min(len(self._queue), GROUP_LIMIT))]
-        waiting = [entry.acknowledge for entry in group if entry.acknowledge is not None]
+        barriers = [entry.acknowledge for entry in group if entry.acknowledge is not None]
+        # From here a waiter can no longer cancel; the event of one that did is written all the same.
+        waiting = [acknowledge for acknowledge in barriers if acknowledge.set_running_or_notify_cancel()]
         try:
             bodies, refused = self._stamp(group)
             blobs = [entry.blob for entry in group if entry.blob is not None]
-            self._commit(bodies, blobs, full=bool(waiting))
+            self._commit(bodies, blobs, full=bool(barriers))
         except Exception as error:  # whatever stopped this write, no later one may be acknowledged
             self.failure = self._as_failure(error)
             for acknowledge in waiting:
                 acknowledge.set_exception(self.failure)
-            self._refuse_queue()
             return
         for acknowledge in waiting:
             refusal = refused.get(id(acknowledge))
@@ -238,7 +240,8 @@ class Outbox:
             except IndexError:
                 return
             if entry.acknowledge is not None:
-                entry.acknowledge.set_exception(refusal)
+                if entry.acknowledge.set_running_or_notify_cancel():
+                    entry.acknowledge.set_exception(refusal)
             elif entry.event is not None:
                 with self._drop_lock:
                     self.dropped += 1
@@ -248,6 +251,8 @@ class Outbox:
             self._connection.close()
         except sqlite3.Error as error:
             self.failure = self.failure or self._as_failure(error)
+        self._stopped = True
+        self._refuse_queue()
 
     def _as_failure(self, error: BaseException) -> TelemetryPersistenceError:
         return TelemetryPersistenceError(
