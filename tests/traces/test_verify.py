@@ -58,6 +58,17 @@ def test_without_a_witness_verification_says_what_it_cannot_know(copy: Path) -> 
     assert any("witness" in note for note in report.notes)
 
 
+def test_a_new_ledger_in_an_old_ones_place_is_no_alarm(copy: Path) -> None:
+    shutil.rmtree(copy)
+    with Recorder(copy, run_id="run_1", component="test") as recorder:
+        recorder.commit("x")
+    report = Ledger(copy).verify()
+    assert report.ok
+    assert any("another ledger" in note for note in report.notes)
+    Ledger(copy).drain()
+    assert Ledger(copy).verify().notes == []
+
+
 actions = st.lists(
     st.one_of(
         st.tuples(st.just("emit"), st.integers(1, 40)),

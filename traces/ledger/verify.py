@@ -15,7 +15,7 @@ from traces.envelope import decode
 from traces.evidence import hex_digest
 from traces.failures import EvidenceError
 from traces.ledger.blobs import BlobStore
-from traces.ledger.checkpoint import Checkpoint, CheckpointError, Signer, open_note
+from traces.ledger.checkpoint import Checkpoint, CheckpointError, Signer, open_note, parse
 from traces.ledger.drain import drain_lock
 from traces.ledger.findings import Finding, VerifyReport
 from traces.ledger.keys import ledger_id
@@ -189,9 +189,20 @@ class _Verification:
                     "there is no witness beside the ledger: a rollback of the whole folder would pass"
                 )
             return
-        witness = self._open_head("the witness", self.layout.witness.read_bytes())
+        text = self.layout.witness.read_bytes()
+        if self._is_foreign(text):
+            self.report.notes.append("the witness beside the ledger is another ledger's; the next drain replaces it")
+            return
+        witness = self._open_head("the witness", text)
         if witness is not None:
             self._compare_head("the witness", witness, newest)
+
+    def _is_foreign(self, text: bytes) -> bool:
+        """Tell whether a witness was left by a ledger that stood here before: every ledger has its own identity."""
+        try:
+            return parse(text).ledger_id != ledger_id(self.layout)
+        except CheckpointError:
+            return False
 
     def _open_head(self, name: str, text: bytes | None) -> Checkpoint | None:
         if text is None or self.public is None:
