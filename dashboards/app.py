@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from html import escape
+
 import streamlit as st
 
 from dashboards import ledger, places
-from dashboards.theme import MARK, NAME
+from dashboards.parts import callout
+from dashboards.theme import DIVERGED, MARK, NAME
 from dashboards.views import compare, request, runs
 from dashboards.words import count
+from traces.failures import ClassifiedError
 
 
 def main() -> None:
@@ -21,9 +25,12 @@ def main() -> None:
     }
     places.remember(pages)
     chosen = st.navigation(list(pages.values()))
-    with st.sidebar:
-        _sidebar()
-    chosen.run()
+    try:
+        with st.sidebar:
+            _sidebar()
+        chosen.run()
+    except ClassifiedError as error:
+        callout(f"<b>The ledger cannot be read.</b> {escape(str(error))}", DIVERGED)
 
 
 def _sidebar() -> None:

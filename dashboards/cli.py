@@ -48,12 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
     if not is_free(port):
         return _refuse(f"port {port} on {ADDRESS} is in use", "Give another one with --port, or leave it out.")
     signal.signal(signal.SIGTERM, _stop)  # the pages are a process of their own and must not outlive this one
-    pages = subprocess.Popen(command(port), env=environment(ledger), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    pages = subprocess.Popen(command(port), env=environment(ledger), stdout=subprocess.DEVNULL)
     try:
         if not _answers(port, pages):
-            said = pages.stderr.read().decode("utf-8", "replace").strip() if pages.stderr and pages.poll() else ""
-            last = said.splitlines()[-1] if said else "no word from Streamlit"
-            print(f"error: the pages did not start: {last}", file=sys.stderr)
+            print("error: the pages did not start; Streamlit says why above", file=sys.stderr)
             return 3
         _announce(port, ledger, as_json=arguments.json)
         return 0 if pages.wait() in (0, 130, -2) else 3

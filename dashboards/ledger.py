@@ -108,7 +108,8 @@ def _runs(path: str, fresh: Freshness) -> list[RunRow]:
 
 @st.cache_resource(max_entries=64, show_spinner=False)
 def _requests(path: str, fresh: Freshness, run_id: str) -> list[RequestRow]:
-    return request_rows(Ledger(path).requests(run_id))
+    ledger = Ledger(path)
+    return request_rows(ledger.requests(run_id), ledger.events(run_id=run_id, event_type="stage.completed"))
 
 
 @st.cache_resource(max_entries=64, show_spinner=False)
@@ -140,7 +141,8 @@ def _preparation(path: str, fresh: Freshness, run_id: str) -> tuple[StageRun, ..
 
 @st.cache_resource(max_entries=8, show_spinner=False)
 def _verdicts(path: str, fresh: Freshness) -> list[VerdictRow]:
-    return verdict_rows(Ledger(path).events(event_type="replay.verdict"))
+    ledger = Ledger(path)
+    return verdict_rows(ledger.events(event_type="replay.verdict"), ledger.events(event_type="run.started"))
 
 
 @st.cache_resource(max_entries=16, show_spinner=False)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from dashboards.rows import LatencyRow, RequestRow, RunRow, VerdictRow
 from traces.envelope import TraceEvent
+from traces.stages import Stage
 
 GOOD_ENDS = ("ok", "review")
 """Terminal statuses that are no failure: an answer, or a human who was asked."""
@@ -24,15 +25,30 @@ def run_rows(
     """
     told = {event.run_id: event.payload for event in starts}
     times: dict[str, list[int]] = {}
+    failed: dict[str, int] = {}
     for request in requests:
+        bad = request["status"] is not None and request["status"] not in GOOD_ENDS
+        failed[request["run_id"]] = failed.get(request["run_id"], 0) + bad
         if request["duration_us"] is not None:
             times.setdefault(request["run_id"], []).append(request["duration_us"])
-    found = [_run_row(row, told.get(row["run_id"], {}), times.get(row["run_id"], [])) for row in rows]
+    found = [
+        _run_row(row, told.get(row["run_id"], {}), times.get(row["run_id"], []), failed=failed.get(row["run_id"], 0))
+        for row in rows
+    ]
     return sorted((row for row in found if row is not None), key=lambda row: row.started_us, reverse=True)
 
 
-def request_rows(rows: Iterable[Mapping[str, Any]]) -> list[RequestRow]:
-    """Return one row a request, in order of arrival, from the ledger's ``request`` view."""
+def request_rows(rows: Iterable[Mapping[str, Any]], prefills: Iterable[TraceEvent]) -> list[RequestRow]:
+    """Return one row a request, in order of arrival.
+
+    Args:
+        rows: the ledger's ``request`` view.
+        prefills: stage.completed events; the first prefill's end is when the first token was there.
+    """
+    first: dict[str | None, int] = {}
+    for event in prefills:
+        if event.stage is Stage.PREFILL:
+            first[event.request_ref] = min(event.ts_us, first.get(event.request_ref, event.ts_us))
     found = [
         RequestRow(
             run_id=row["run_id"],
@@ -43,7 +59,7 @@ def request_rows(rows: Iterable[Mapping[str, Any]]) -> list[RequestRow]:
             route=row["model_route"],
             failure_class=row["failure_class"] if row["status"] not in GOOD_ENDS else None,
             total_us=row["duration_us"],
-            first_token_us=row["first_token_us"],
+            first_token_us=first[row["request_ref"]] - row["accepted_us"] if row["request_ref"] in first else None,
             input_tokens=row["input_tokens"],
             output_tokens=row["output_tokens"],
             manifest_digest=row["manifest_digest"],
@@ -53,14 +69,21 @@ def request_rows(rows: Iterable[Mapping[str, Any]]) -> list[RequestRow]:
     return sorted(found, key=lambda row: (row.accepted_us, row.request_ref))
 
 
-def verdict_rows(events: Iterable[TraceEvent]) -> list[VerdictRow]:
-    """Return one row a replay verdict, newest first."""
+def verdict_rows(events: Iterable[TraceEvent], starts: Iterable[TraceEvent]) -> list[VerdictRow]:
+    """Return one row a replay verdict, newest first.
+
+    Args:
+        events: the replay.verdict events.
+        starts: the run.started events, which say how each replay was run.
+    """
+    told = {event.run_id: event.payload for event in starts}
     rows = [
         VerdictRow(
             run_id=event.run_id,
             request_ref=event.request_ref,
             verdict=str(event.payload.get("verdict", "unverified")),
-            mode=_text(event.payload.get("mode")),
+            mode=_text(told.get(event.run_id, {}).get("mode")),
+            changed=_settings(told.get(event.run_id, {})),
             layer=_text(event.payload.get("layer")),
             stage=_text(event.payload.get("stage")),
             token_index=event.payload.get("token_index"),
@@ -99,11 +122,12 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def _run_row(row: Mapping[str, Any], payload: Mapping[str, Any], times: Sequence[int]) -> RunRow | None:
+def _run_row(row: Mapping[str, Any], payload: Mapping[str, Any], times: Sequence[int], *, failed: int) -> RunRow | None:
     """Return the row of one run; None for the ledger's own housekeeping."""
     if not payload and not row["requests"]:
         return None
-    kind = str(payload.get("kind") or row["kind"] or "live")
+    told = str(payload.get("kind") or row["kind"])
+    kind = told if told in ("replay", "preparation") else "live"
     return RunRow(
         run_id=row["run_id"],
         kind=kind,
@@ -111,7 +135,7 @@ def _run_row(row: Mapping[str, Any], payload: Mapping[str, Any], times: Sequence
         started_us=row["started_us"],
         duration_us=row["duration_us"],
         requests=row["requests"],
-        failed=row["requests_not_ok"],
+        failed=failed,
         p50_us=percentile(times, 0.50) if times else None,
         p95_us=percentile(times, 0.95) if times else None,
         parent_run=_text(payload.get("parent_run") or row["parent"]),
@@ -122,12 +146,18 @@ def _run_row(row: Mapping[str, Any], payload: Mapping[str, Any], times: Sequence
 def _name(kind: str, payload: Mapping[str, Any]) -> str:
     """Say in a few words what was run."""
     if kind == "replay":
-        return f"replay, {payload.get('mode', 'faithful')}"
+        return ", ".join(["replay", str(payload.get("mode", "faithful")), *_settings(payload)])
     if kind == "preparation":
         words = [str(payload[name]) for name in ("model", "backend", "precision") if payload.get(name)]
         return " ".join(["prepare", *words])
-    workload = payload.get("workload") or payload.get("name")
-    return workload if isinstance(workload, str) else kind
+    label = payload.get("label") or payload.get("workload")
+    return label if isinstance(label, str) else kind
+
+
+def _settings(payload: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the pins that a replay changed, as they were written."""
+    changed = payload.get("set")
+    return tuple(str(one) for one in cast("list[Any]", changed)) if isinstance(changed, list) else ()
 
 
 def _text(value: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, NoReturn
+from urllib.parse import urlencode
 
 import streamlit as st
 
@@ -22,7 +23,12 @@ def open_request(run_id: str, request_ref: str) -> NoReturn:
 
 def open_comparison(left: tuple[str, str], right: tuple[str, str]) -> NoReturn:
     """Go to two requests side by side; each is (run, request)."""
-    _open("compare", {"left_run": left[0], "left": left[1], "right_run": right[0], "right": right[1]})
+    _open("compare", _sides(left, right))
+
+
+def comparison_address(left: tuple[str, str], right: tuple[str, str]) -> str:
+    """Return the address of two requests side by side, relative to any page."""
+    return "compare?" + urlencode(_sides(left, right))
 
 
 def open_run(run_id: str) -> NoReturn:
@@ -33,6 +39,10 @@ def open_run(run_id: str) -> NoReturn:
 def chosen(name: str) -> str | None:
     """Return a query parameter, None when it is absent or empty."""
     return st.query_params.get(name) or None
+
+
+def _sides(left: tuple[str, str], right: tuple[str, str]) -> dict[str, str]:
+    return {"left_run": left[0], "left": left[1], "right_run": right[0], "right": right[1]}
 
 
 def _open(name: str, parameters: dict[str, str]) -> NoReturn:

@@ -135,6 +135,8 @@ class VerdictRow:
     request_ref: str
     verdict: str
     mode: str | None = None
+    changed: tuple[str, ...] = ()
+    """Pins that the replay was told to change."""
     layer: str | None = None
     stage: str | None = None
     token_index: int | None = None

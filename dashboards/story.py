@@ -86,6 +86,7 @@ class RequestStory:
     trace_id: str | None = None
     route: str | None = None
     first_token_us: int | None = None
+    """Until the end of its first prefill, which is when the first token is there."""
     input_tokens: int | None = None
     output_tokens: int | None = None
     cached_tokens: int | None = None
@@ -140,7 +141,7 @@ def tell(events: Sequence[TraceEvent], read_blob: ReadBlob) -> RequestStory:
         tenant_ref=_known(ordered, "tenant_ref"),
         trace_id=_known(ordered, "trace_id"),
         route=_known(ordered, "model_route"),
-        first_token_us=_known(ordered, "first_token_us"),
+        first_token_us=next((run.end_us for run in stages if run.stage is Stage.PREFILL and run.status == "ok"), None),
         input_tokens=_known(ordered, "input_tokens"),
         output_tokens=_known(ordered, "output_tokens"),
         cached_tokens=_known(ordered, "kv_hit_tokens"),

@@ -35,6 +35,8 @@ from dashboards.theme import DIVERGED, WAITING
 from dashboards.words import UNKNOWN, duration, moment, short_digest, short_id, stage_title
 from traces.failures import FailureClass, rule_of
 
+VERDICTS_SHOWN = 4
+"""Newest verdicts that are listed at once."""
 STEPS_AROUND = 12
 """Engine steps shown before the request's first and after its last."""
 
@@ -111,26 +113,37 @@ def _replays(path: Path, story: RequestStory) -> None:
         )
         return
     section("Replays", term="verdict")
-    for one in said[:6]:
-        with st.container(horizontal=True, vertical_alignment="center"):
-            st.html(_verdict_line(one), width="stretch")
-            if one.run_id == story.run_id:
-                st.caption("this run")
-            elif st.button("Compare", key=f"compare-{one.run_id}", icon=":material/compare_arrows:"):
-                places.open_comparison((story.run_id, story.request_ref), (one.run_id, story.request_ref))
+    _verdicts(story, said[:VERDICTS_SHOWN])
+    if len(said) > VERDICTS_SHOWN:
+        with st.expander(f"{len(said) - VERDICTS_SHOWN} earlier replays", icon=":material/history:"):
+            _verdicts(story, said[VERDICTS_SHOWN:])
 
 
-def _verdict_line(one: VerdictRow) -> str:
-    where = [
-        stage_title(one.stage) if one.stage else "",
-        f"token {one.token_index}" if one.token_index is not None else "",
-    ]
-    at = ", ".join(word for word in (one.layer or "", *where) if word)
-    first = f" first difference: {escape(at)}" if one.verdict == "diverged" and at else ""
-    return (
-        f'{badge(one.verdict)} <b>{escape(one.mode or "replay")}</b>{first} <span class="rl-quiet">'
-        f"{escape(one.detail[:160])} {moment(one.at_us)}</span>"
-    )
+def _verdicts(story: RequestStory, said: Sequence[VerdictRow]) -> None:
+    """List verdicts; each but this run's own leads to the comparison."""
+    rows: list[list[str]] = []
+    for one in said:
+        address = places.comparison_address((story.run_id, story.request_ref), (one.run_id, story.request_ref))
+        link = f'<a href="{escape(address, quote=True)}" target="_self">compare</a>'
+        how = escape(", ".join([one.mode or "replay", *one.changed]))
+        rows.append(
+            [
+                badge(one.verdict),
+                f"<b>{how}</b>",
+                f'<span title="{escape(one.detail, quote=True)}">{_where(one)}</span>',
+                moment(one.at_us),
+                "this run" if one.run_id == story.run_id else link,
+            ]
+        )
+    table(["Verdict", "How it was run", "First difference", "When (UTC)", ""], rows)
+
+
+def _where(one: VerdictRow) -> str:
+    """Say where a replay first differed: layer, stage, token."""
+    token = f"token {one.token_index}" if one.token_index is not None else None
+    words = (one.layer, stage_title(one.stage) if one.stage else None, token)
+    said = ", ".join(escape(word) for word in words if word)
+    return said or f'<span class="rl-quiet">{escape(one.detail[:80]) or UNKNOWN}</span>'
 
 
 def _waterfall(story: RequestStory) -> None:
@@ -146,6 +159,7 @@ def _waterfall(story: RequestStory) -> None:
         '<div class="rl-legend"><b>Full colour</b> is the critical path, <b>tint</b> is time that a later stage '
         f"covered. Stages last {duration(inclusive)} when added up; the critical path is {duration(owned)}"
         + (f" of {duration(story.total_us)} end to end" if story.total_us is not None else "")
+        + ("; no stage claims the rest" if story.total_us is not None and owned < story.total_us else "")
         + ".</div>"
     )
 

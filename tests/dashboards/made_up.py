@@ -72,7 +72,7 @@ def write_ledger(path: Path, *, requests: int = 4) -> Ledger:
     """
     clock = Clock()
     with Recorder(path, run_id=RUN, component="runtime", clock=clock) as recorder:
-        recorder.commit("run.started", payload={"kind": "live", "workload": f"support-desk {CANARY}"})
+        recorder.commit("run.started", payload={"kind": "serve", "label": f"support-desk {CANARY}"})
         for number in range(requests):
             precision = "bfloat16" if number == 2 else "float32"
             _request(recorder, clock, number, start_us=number * 60_000, precision=precision)
@@ -81,7 +81,7 @@ def write_ledger(path: Path, *, requests: int = 4) -> Ledger:
         recorder.commit("run.completed", status="ok")
     with Recorder(path, run_id=REPLAY, component="replay", clock=clock) as recorder:
         base = clock.at_us = 30_000_000
-        recorder.commit("run.started", payload={"kind": "replay", "parent_run": RUN, "mode": "faithful"})
+        recorder.commit("run.started", payload={"kind": "replay", "parent_run": RUN, "mode": "faithful", "set": []})
         for number in range(requests):
             parted = number == requests - 1
             _request(recorder, clock, number, start_us=base + number * 50_000, precision="float32", parted=parted)
@@ -250,8 +250,8 @@ def _steps(recorder: Recorder, clock: Clock, requests: int) -> None:
 
 def _verdict(*, parted: bool) -> dict[str, Any]:
     if not parted:
-        return {"verdict": "exact", "mode": "faithful", "detail": "every layer is the same to the bit"}
+        return {"verdict": "exact", "detail": "every layer is the same to the bit"}
     return {
-        "verdict": "diverged", "mode": "faithful", "layer": "bits", "stage": "b06", "token_index": 6,
+        "verdict": "diverged", "layer": "bits", "stage": "b06", "token_index": 6,
         "detail": "the logits of token 6 differ",
     }  # fmt: skip
