@@ -16,6 +16,7 @@ from eval.records import (
     StageRecord,
     ToolCallRecord,
 )
+from manifests.canonical import digest
 from manifests.run import Pins
 from replay.errors import IncompleteRecord
 from traces.evidence import hex_digest
@@ -172,21 +173,25 @@ def span_records(events: Iterable[TraceEvent]) -> tuple[SpanRecord, ...]:
 
 
 def tool_call_records(events: Iterable[TraceEvent]) -> tuple[ToolCallRecord, ...]:
-    """Return the proposed tool calls in order: what was decided about each, and what it gave."""
-    decided: list[TraceEvent] = []
-    done: list[TraceEvent] = []
-    for event in events:
-        if event.event_type == "tool.authorized":
-            decided.append(event)
-        elif event.event_type == "tool.completed":
-            done.append(event)
+    """Return the proposed tool calls in order: what was decided about each, and what its tool effects gave.
+
+    A call's result is everything that tools answered while its stage ran: reading who owns an account comes before
+    the decision that depends on it.
+    """
     calls: list[ToolCallRecord] = []
-    waiting = list(done)
-    for event in decided:
-        end = next((one for one in waiting if one.tool_name == event.tool_name), None)
-        if end is not None:
-            waiting.remove(end)
-        calls.append(_tool_call(event, end))
+    answers: list[str] = []
+    decided: TraceEvent | None = None
+    for event in events:
+        tooling = event.stage is not None and event.stage.word == "tooling"
+        if tooling and event.event_type == "stage.started":
+            answers, decided = [], None
+        elif event.event_type == "effect.performed" and event.payload.get("kind") == "tool":
+            if event.payload.get("phase") == "performed":
+                answers.append(name_of(event.result_ref) or "unknown")
+        elif event.event_type == "tool.authorized":
+            decided = event
+        elif tooling and event.event_type in ("stage.completed", "stage.failed") and decided is not None:
+            calls.append(_tool_call(decided, answers))
     return tuple(calls)
 
 
@@ -224,12 +229,13 @@ def _stage(key: tuple[str, int], started: TraceEvent, end: TraceEvent | None) ->
     )
 
 
-def _tool_call(decided: TraceEvent, end: TraceEvent | None) -> ToolCallRecord:
+def _tool_call(decided: TraceEvent, answers: list[str]) -> ToolCallRecord:
     return ToolCallRecord(
         name=decided.tool_name or "unknown",
         arguments_digest=name_of(decided.payload.get("arguments_ref")),
+        result_digest=digest(answers) if answers else None,
         decision=decided.policy_decision,
-        side_effect=(end.side_effect if end else decided.side_effect) or "none",
+        side_effect=decided.side_effect or "none",
         attempt=decided.attempt or 1,
     )
 

@@ -143,10 +143,11 @@ def apply_to_pins(pins: Pins, substitutions: Iterable[Substitution], *, ways: fr
     return pins
 
 
-def check_values(pins: Pins, substitutions: Iterable[Substitution]) -> None:
-    """Refuse a value that its pin does not take, before anything runs."""
+def check_values(pins: Pins | None, substitutions: Iterable[Substitution]) -> None:
+    """Refuse a value that its pin does not take, before anything runs; pins are None where none was ever known."""
     chosen = tuple(substitutions)
-    apply_to_pins(pins, chosen)
+    if pins is not None:
+        apply_to_pins(pins, chosen)
     for substitution in chosen:
         if substitution.way is Way.TOOL_RESULT:
             tool_result(substitution)

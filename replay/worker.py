@@ -129,8 +129,7 @@ def _replay(
     say(Report(kind="begun", body={"request": reference}))
     try:
         request = _known(run, reference)
-        if request.pins is not None:
-            check_values(request.pins, substitutions)
+        check_values(request.pins, substitutions)
         verdict = asyncio.run(player.replay(request))
     except ClassifiedError as error:
         verdict = _without_comparison(error, run.run_id, reference, recorder.run_id)

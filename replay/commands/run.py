@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from replay.catalog import resolve, short
+from replay.catalog import Target, resolve, short
 from replay.commands import screen
+from replay.errors import PinRefused
 from replay.jobs import MODES, Job, Report
 from replay.launch import died, run_job
-from replay.verdict import EXIT_FAILED, ReplayVerdict, exit_code, tally
+from replay.verdict import EXIT_FAILED, ReplayVerdict, Verdict, exit_code, tally
 
 if TYPE_CHECKING:
     from replay.groups import Group
@@ -52,19 +53,40 @@ def run(arguments: argparse.Namespace) -> int:
     """Replay and print the verdict or verdicts."""
     from replay.groups import group_requests
     from replay.records import load_run
-    from replay.substitutes import parse_substitutions
+    from replay.substitutes import check_values, parse_substitutions
 
     ledger = screen.open_ledger(arguments.ledger)
     target = resolve(ledger, arguments.id)
-    substitutions = parse_substitutions(arguments.settings)
     recorded = load_run(ledger, target.run_id)
     wanted = list(recorded.requests) if target.request_ref is None else [target.request_ref]
-    groups = group_requests([recorded.requests[reference] for reference in wanted], substitutions)
+    try:
+        substitutions = parse_substitutions(arguments.settings)
+        for reference in wanted:
+            check_values(recorded.requests[reference].pins, substitutions)
+        groups = group_requests([recorded.requests[reference] for reference in wanted], substitutions)
+    except PinRefused as refusal:
+        return _print_refusal(arguments, target, refusal)
     done = _replay_all(arguments, target.run_id, groups, total=len(wanted) * arguments.repeat)
     done.sort(key=lambda one: (one.turn, wanted.index(one.request)))
     _print(arguments, done, whole_run=target.request_ref is None)
     verdicts = [one.verdict for one in done]
     return EXIT_FAILED if any(died(verdict) for verdict in verdicts) else exit_code(verdicts)
+
+
+def _print_refusal(arguments: argparse.Namespace, target: Target, refusal: PinRefused) -> int:
+    """Say which pin cannot be set, before anything ran."""
+    verdict = ReplayVerdict(
+        verdict=Verdict.REFUSED,
+        refused_pin=refusal.pin,
+        original={"run": target.run_id, "request": target.request_ref},
+        replay={"run": None, "status": "refused", "error_type": refusal.error_type, "fix": refusal.fix},
+        detail=str(refusal),
+    )
+    if arguments.json:
+        screen.print_json(verdict.to_document())
+    else:
+        _print_one(verdict)
+    return exit_code([verdict])
 
 
 @dataclass(frozen=True, kw_only=True)

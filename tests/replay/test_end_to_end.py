@@ -1,0 +1,205 @@
+"""A recorded run replays exactly; whatever is changed on purpose is never called exact and is named by its layer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from replay.cli import main
+from replay.jobs import Job, Report
+from replay.plan import Level, assess
+from replay.records import load_run
+from replay.surroundings import surroundings_of
+from replay.verdict import ReplayVerdict, Verdict
+from replay.worker import run_job
+from runtime.models.reference import task
+from runtime.serve.databases import build_corpus
+from tests.replay.recorded import CANARY, Recorded, record
+from traces.evidence import hex_digest
+
+Replay = Callable[..., dict[str, ReplayVerdict]]
+OWNED = '{"account":"0000","plan":"gold","status":"active","balance":"1","orders":"1"}'
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    return asyncio.run(record(tmp_path_factory.mktemp("replay")))
+
+
+@pytest.fixture(scope="module")
+def replay(recorded: Recorded) -> Replay:
+    """Replay requests in this process, without the cost of a worker; returns the verdicts by request."""
+
+    def run(*settings: str, mode: str = "faithful", requests: Sequence[str] | None = None) -> dict[str, ReplayVerdict]:
+        found: dict[str, ReplayVerdict] = {}
+
+        def say(report: Report) -> None:
+            if report.kind == "verdict":
+                found[report.body["request"]] = ReplayVerdict.from_document(report.body["verdict"])
+
+        wanted = recorded.references() if requests is None else tuple(requests)
+        job = Job(ledger=recorded.path, run_id=recorded.run_id, requests=wanted, mode=mode, settings=settings)
+        run_job(job, say)
+        return found
+
+    return run
+
+
+def _layers(verdicts: dict[str, ReplayVerdict]) -> set[str | None]:
+    return {verdict.layer for verdict in verdicts.values() if verdict.verdict is Verdict.DIVERGED}
+
+
+def test_the_command_replays_every_request_of_the_run_exactly(
+    recorded: Recorded, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["run", recorded.run_id, "--json", "--ledger", str(recorded.path)])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["summary"] == {"exact": 12}
+    assert code == 0
+    child = printed["replays"][0]["replay"]["run"]
+    assert main(["show", f"{child}/{recorded.references()[0]}", "--json", "--ledger", str(recorded.path)]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["verdict"]["verdict"] == "exact"
+    assert sum(row["critical_us"] for row in shown["waterfall"]) > 0
+    both = [recorded.references()[0], f"{child}/{recorded.references()[0]}"]
+    assert main(["diff", *both, "--json", "--ledger", str(recorded.path)]) == 0
+    assert json.loads(capsys.readouterr().out)["pins"] == []
+
+
+@pytest.mark.parametrize("mode", ["faithful", "forced", "audit"])
+def test_unchanged_replays_are_exact(replay: Replay, mode: str) -> None:
+    assert {verdict.verdict for verdict in replay(mode=mode).values()} == {Verdict.EXACT}
+
+
+def test_requests_alone_have_other_bits(replay: Replay) -> None:
+    verdicts = replay(mode="alone")
+    assert "bits" in _layers(verdicts)
+    assert _layers(verdicts) <= {"bits", "margin", "token"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "layer"),
+    [
+        ("compiler.precision=bfloat16", "bits"),
+        ("scheduling.max_num_batched_tokens=16", "schedule"),
+        ("policy.policy_version=support-desk/2", "decision"),
+    ],
+)
+def test_a_planted_change_is_named_by_its_layer_for_every_request(replay: Replay, setting: str, layer: str) -> None:
+    verdicts = replay(setting)
+    assert {verdict.verdict for verdict in verdicts.values()} == {Verdict.DIVERGED}
+    assert _layers(verdicts) == {layer}
+    for verdict in verdicts.values():
+        assert [change["pin"] for change in verdict.pins_changed if change["set"]] == [setting.partition("=")[0]]
+        assert setting.partition("=")[0] in verdict.suspects
+
+
+@pytest.mark.parametrize("setting", ["generation.seed=12345", "generation.temperature=3"])
+def test_another_draw_is_never_exact_and_shows_in_tokens(recorded: Recorded, replay: Replay, setting: str) -> None:
+    sampled = [
+        reference
+        for reference, sent in zip(recorded.references(), recorded.sent(), strict=True)
+        if "temperature" in sent.request.generation
+    ]
+    verdicts = replay(setting, requests=sampled)
+    assert Verdict.EXACT not in {verdict.verdict for verdict in verdicts.values()}
+    assert _layers(verdicts) == {"token"}
+
+
+def test_another_index_shows_in_the_input(recorded: Recorded, replay: Replay, tmp_path: Path) -> None:
+    build_corpus(tmp_path / "other.sqlite", task.corpus(77))
+    asked = [ref for ref, sent in zip(recorded.references(), recorded.sent(), strict=True) if sent.request.question]
+    verdicts = replay(f"context.index_digest={tmp_path / 'other.sqlite'}", requests=asked)
+    assert Verdict.EXACT not in {verdict.verdict for verdict in verdicts.values()}
+    assert _layers(verdicts) == {"input"}
+
+
+def test_another_tool_result_shows_in_the_tool_layer(recorded: Recorded, replay: Replay) -> None:
+    denied = [
+        str(sent.answer.outcome.response["request"])
+        for sent in recorded.sent()
+        if sent.answer is not None and (sent.answer.outcome.failure or {}).get("error_type") == "account_not_owned"
+    ]
+    assert denied, "the workload is to hold a tool call"
+    verdicts = replay(f"tools.result.lookup_account={OWNED}", requests=denied)
+    assert _layers(verdicts) == {"tool"}
+    assert len(verdicts) == len(denied)
+
+
+def test_another_instruction_set_changes_bits_in_the_worker(
+    recorded: Recorded, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setting = "hardware.environment.ATEN_CPU_CAPABILITY=default"
+    words = ["run", recorded.references()[1], "--set", setting, "--json", "--ledger", str(recorded.path)]
+    code = main(words)
+    verdict = json.loads(capsys.readouterr().out)
+    assert verdict["verdict"] in ("diverged", "within_tolerance")  # the same bits only where no kernel is faster
+    assert verdict["pins_changed"][0]["pin"] == "hardware.environment.ATEN_CPU_CAPABILITY"
+    if verdict["verdict"] == "diverged":
+        assert (code, verdict["layer"]) == (1, "bits")
+
+
+def test_a_pin_that_cannot_be_set_is_refused_before_anything_runs(
+    recorded: Recorded, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", recorded.references()[0], "--json", "--ledger", str(recorded.path)]
+    for setting in ("hardware.cpu_model=abacus", "generation.seed=many"):
+        assert main([*words, "--set", setting]) == 2
+        verdict = json.loads(capsys.readouterr().out)
+        assert verdict["verdict"] == "refused"
+        assert verdict["refused_pin"] == setting.partition("=")[0]
+
+
+def test_a_backend_that_was_never_prepared_is_refused_by_its_pin(replay: Replay, recorded: Recorded) -> None:
+    (verdict,) = replay("compiler.backend=onnxruntime", requests=recorded.references()[:1]).values()
+    assert (verdict.verdict, verdict.refused_pin) == (Verdict.REFUSED, "compiler.backend")
+    assert "replaylab prepare" in str(verdict.replay["fix"])
+
+
+def test_no_text_of_another_tenant_is_in_a_replay(recorded: Recorded, replay: Replay) -> None:
+    first, second = task.TENANTS
+    before = {event.run_id for event in recorded.ledger.events(event_type="run.started")}
+    replay(requests=recorded.references(first))
+    recorded.ledger.drain()
+    after = {event.run_id for event in recorded.ledger.events(event_type="run.started")}
+    (child,) = after - before
+    events = recorded.ledger.events(run_id=child)
+    blobs = {reference for event in events for reference in (event.input_ref, event.result_ref) if reference}
+    texts = [recorded.ledger.read_blob(reference).decode() for reference in blobs]
+    texts += [json.dumps(event.payload, ensure_ascii=False) for event in events]
+    foreign = [article.text for article in task.corpus(5) if article.tenant == second]
+    own = {article.text for article in task.corpus(5) if article.tenant == first}
+    assert len(blobs) > 50
+    for text in texts:
+        assert CANARY not in text
+        assert not any(article in text for article in foreign if article not in own)
+    assert all(len(hex_digest(reference)) == 64 for reference in blobs)
+
+
+def test_the_canary_is_there_to_be_found(recorded: Recorded) -> None:
+    asked = recorded.ledger.events(run_id=recorded.run_id, event_type="request.accepted")
+    texts = [recorded.ledger.read_blob(event.input_ref).decode() for event in asked if event.input_ref]
+    assert sum(CANARY in text for text in texts) == len(recorded.references(task.TENANTS[1]))
+
+
+def test_check_promises_bitwise_and_takes_it_back_when_the_package_is_gone(recorded: Recorded, replay: Replay) -> None:
+    run = load_run(recorded.ledger, recorded.run_id)
+    reached = surroundings_of(recorded.ledger, run)
+    assert {assess(request, reached).level for request in run.requests.values()} == {Level.BITWISE}
+    package = recorded.store.path(recorded.packages["float32"])
+    away = package.with_name("away")
+    package.rename(away)
+    try:
+        lost = surroundings_of(recorded.ledger, run)
+        for request in run.requests.values():
+            reach = assess(request, lost)
+            assert reach.level is Level.DECISION
+            assert reach.missing[0].pin == "artifact.package_digest"
+        (verdict,) = replay(requests=recorded.references()[:1]).values()
+        assert verdict.verdict is not Verdict.EXACT
+    finally:
+        away.rename(package)
