@@ -7,9 +7,10 @@ context policy, model constraints, tools, memory, output contract and trace sett
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from manifests.base import DecimalText
 from manifests.canonical import digest
@@ -21,6 +22,7 @@ LARGEST_BODY_BYTES = 64 * 1024
 """Largest request body; a completion of 8,192 token ids fits."""
 LARGEST_QUESTION = 2_000
 LARGEST_PROMPT_TOKENS = 8_192
+LARGEST_TEMPERATURE = 5
 
 Permission = Literal["answer", "complete", "read_accounts", "create_tickets", "write_memory"]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")]
@@ -114,7 +116,16 @@ class GenerationSettings(EnvelopePart):
     """Decimal text, because floats are not hashed; "0" is greedy."""
     top_k: Annotated[int, Field(ge=1, le=100_000)] | None = None
     top_p: DecimalText = "1"
+    """Above 0, at most 1."""
     max_tokens: Annotated[int, Field(ge=1, le=2_048)] = 96
+
+    @model_validator(mode="after")
+    def _in_range(self) -> GenerationSettings:
+        if not 0 <= Decimal(self.temperature) <= LARGEST_TEMPERATURE:
+            raise ValueError(f"temperature is from 0 to {LARGEST_TEMPERATURE}")
+        if not 0 < Decimal(self.top_p) <= 1:
+            raise ValueError("top_p is above 0 and at most 1")
+        return self
 
 
 class TraceSettings(EnvelopePart):
