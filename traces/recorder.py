@@ -6,7 +6,6 @@ and raises when it cannot be: whoever commits before acting fails closed.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import hashlib
 import time
@@ -30,6 +29,7 @@ from traces.redaction import POLICY_VERSION, Redactor
 
 # Evidence up to this size rides in the outbox, so that one fsync covers it and the event that names it.
 INLINE_BLOB_BYTES = 262_144
+KNOWN_BLOBS = 100_000
 
 PSEUDONYMS = (("actor", "actor_ref"), ("tenant", "tenant_ref"), ("idempotency", "idempotency_ref"))
 
@@ -113,6 +113,8 @@ class Recorder:
 
     async def commit_async(self, event_type: str, *, payload: dict[str, Any] | None = None, **columns: Any) -> None:
         """Record a mandatory event without blocking the event loop; errors as ``commit``."""
+        import asyncio  # whoever awaits this has it loaded; preparing a model need not load it
+
         future: Future[None] = self._outbox.submit(self._event(event_type, payload, columns))
         await asyncio.wrap_future(future)
 
@@ -128,6 +130,8 @@ class Recorder:
                 self._blobs.put(data)
             else:
                 self._outbox.put_blob(digest, data)
+            if len(self._stored) >= KNOWN_BLOBS:
+                self._stored.clear()  # storing a piece again is harmless
             self._stored.add(digest)
         return PREFIX + digest
 

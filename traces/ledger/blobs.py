@@ -10,7 +10,6 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from traces.evidence import check, hex_digest, reference_to
@@ -45,6 +44,8 @@ class BlobStore:
         Raises:
             OSError: something could not be written; whatever was is complete, and storing again is harmless.
         """
+        from concurrent.futures import ThreadPoolExecutor  # readers, who come often, never need it
+
         references = [reference_to(data) for data in contents]
         wanted = dict(zip(references, contents, strict=True))
         missing = [(self.path_of(reference), data) for reference, data in wanted.items() if not self.has(reference)]
