@@ -11,6 +11,7 @@ from manifests.generation import GenerationManifest
 from manifests.policy import PolicyManifest
 from manifests.run import Pins
 from manifests.tools import ToolsManifest
+from runtime.engine.sampling import SAMPLER_ALGORITHM
 from runtime.models.reference.prompt import output_schema
 from runtime.serve import masking
 from runtime.serve.contracts import TOOL_CONTRACTS
@@ -75,6 +76,7 @@ def derive_pins(
         generation=GenerationManifest(
             seed=settings.seed,
             sampler="greedy" if settings.temperature == "0" else "categorical",
+            sampler_algorithm=SAMPLER_ALGORITHM,
             temperature=settings.temperature,
             top_k=settings.top_k,
             top_p=settings.top_p,

@@ -168,6 +168,8 @@ class Services:
     mode: Mode = "live"
     parent: str | None = None
     """The request that this one replays."""
+    cancelled_in: tuple[str, int] | None = None
+    """Stage code and ordinal in which the recorded caller went away: a replay ends there too."""
     on_token: OnToken | None = None
     """Called for each token as it is chosen."""
     on_stage: Callable[[str, str], None] = lambda stage, event: None

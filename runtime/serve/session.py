@@ -57,6 +57,7 @@ StartService = Callable[[TextModel, SchedulingManifest, Recorder, str], Generati
 """Starts what generates for a package: (model, scheduling, recorder, engine id); it may have a `close()`."""
 
 STOP_TOKEN = "<|end|>"
+GROUP_WINDOW_US = 50_000
 
 
 def start_engine(
@@ -167,7 +168,7 @@ class ServingSession:
     async def __aenter__(self) -> Self:
         """Open everything and activate the deployment's routes; raises ClassifiedError when it cannot serve."""
         async with AsyncExitStack() as stack:
-            self.recorder = stack.enter_context(Recorder(self._ledger, run_id=self.run_id, component="serve"))
+            self.recorder = stack.enter_context(self._recorder())
             stack.push_async_callback(self._close_services)
             await self._begin()
             self._stores = await self._open_stores(stack)
@@ -269,6 +270,10 @@ class ServingSession:
         """Whether a request can be served now: every route has a package and evidence can be stored."""
         wanted = {route.name for route in self._deployment.document.routes}
         return wanted <= set(self._routes) and not self.recorder.halted
+
+    def _recorder(self) -> Recorder:
+        # a wide window halves the writer's work beside a busy engine; a mandatory event cuts it short
+        return Recorder(self._ledger, run_id=self.run_id, component="serve", group_window_us=GROUP_WINDOW_US)
 
     async def _begin(self) -> None:
         reference = self.recorder.put_blob(self._deployment.document.canonical())

@@ -58,6 +58,7 @@ class RequestTrace:
         self._columns: dict[str, Any] = request_columns(identity)
         self._passes: Counter[Stage] = Counter()
         self._pending: list[asyncio.Future[Any]] = []
+        self._open: tuple[str, int] | None = None
         self.root_span = span_id(identity.trace_id, "request")
         self.started = services.stamp()
         self.documents: list[StageDocument] = []
@@ -74,6 +75,7 @@ class RequestTrace:
 
     async def commit(self, event_type: str, *, payload: dict[str, Any] | None = None, **columns: Any) -> None:
         """Record a mandatory event; returns only when it is durable."""
+        self._leave_as_recorded()
         await self._services.recorder.commit_async(event_type, payload=payload or {}, **self._whole(columns))
 
     def commit_later(self, event_type: str, *, payload: dict[str, Any] | None = None, **columns: Any) -> None:
@@ -85,6 +87,7 @@ class RequestTrace:
 
     async def settled(self) -> None:
         """Return when every mandatory event so far is durable; raises TelemetryPersistenceError."""
+        self._leave_as_recorded()
         pending, self._pending = self._pending, []
         results = await asyncio.gather(*pending, return_exceptions=True)
         for result in results:
@@ -121,6 +124,7 @@ class RequestTrace:
         reference, name = self.put(received)
         ts_us, mono_us = self._services.stamp() if span is None else (span.ts_us, span.mono_us)
         opened = OpenStage(stage=stage, ordinal=ordinal, input_digest=name, ts_us=ts_us, mono_us=mono_us)
+        self._open = (stage.value, ordinal)
         self._tell(opened, "stage.started", {}, input_ref=reference, ts_us=ts_us, mono_us=mono_us)
         self._services.on_stage(stage.word, "started")
         return opened
@@ -184,7 +188,13 @@ class RequestTrace:
         self.times_us[word] = self.times_us.get(word, 0) + duration_us
         return {"ts_us": ts_us, "mono_us": mono_us, "duration_us": duration_us}
 
+    def _leave_as_recorded(self) -> None:
+        """In a replay: end where the recorded caller went away while evidence was being stored."""
+        if self._open is not None and self._open == self._services.cancelled_in:
+            raise asyncio.CancelledError
+
     def _keep(self, opened: OpenStage, result_digest: str | None, document: dict[str, Any] | None) -> None:
+        self._open = None
         self.documents.append(
             StageDocument(
                 stage=opened.stage.value,

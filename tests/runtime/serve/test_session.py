@@ -154,3 +154,41 @@ def test_the_deployment_names_its_packages(deployment: Deployment) -> None:
     assert oct((deployment.folder / "keyring.json").stat().st_mode)[-3:] == "600"
     assert all(key not in deployment.document.canonical().decode() for key in deployment.keys().values())
     assert Deployment.load(deployment.folder) == deployment
+
+
+@pytest.mark.parametrize("refuse_at", ["request.accepted", "policy.decided"])
+def test_a_caller_who_left_while_evidence_was_stored_leaves_there_in_a_replay(
+    deployment: Deployment, refuse_at: str
+) -> None:
+    from tests.runtime.serve.desk import Desk
+
+    desk = Desk(deployment)
+
+    def leave(event_type: str, payload: dict[str, Any]) -> bool:
+        task = asyncio.current_task()
+        if event_type == refuse_at and task is not None:
+            for other in asyncio.all_tasks():
+                if other.get_name() == "caller":
+                    other.cancel()
+        return False
+
+    desk.recorder.refuse = leave
+    question = questions("lookup")[0]
+    identity = desk.identity()
+    services = desk.services_for(identity)
+
+    async def body() -> None:
+        key = deployment.keys()[question.tenant]
+        caller = asyncio.create_task(run_request(envelope(question), services, api_key=key), name="caller")
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+
+    asyncio.run(body())
+    desk.recorder.refuse = lambda event_type, payload: False
+    (failed,) = desk.recorder.of("stage.failed")
+    assert failed.error_type == "cancelled"
+    child = MemoryRecorder()
+    with pytest.raises(asyncio.CancelledError):
+        desk.replay(identity.request_ref, recorder=child, cancelled_in=(failed.stage.value, failed.payload["ordinal"]))
+    assert [event.stage for event in child.of("stage.failed")] == [failed.stage]
+    desk.stores.close()
