@@ -7,6 +7,7 @@ libraries print goes to standard error.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -148,6 +149,12 @@ def compiler_version() -> str:
     return answer.stdout.splitlines()[0].strip()
 
 
+def wait_for_turn(cache: Path) -> None:
+    """Hold the cache's lock until this process ends: equal programs share files there, so builds go one by one."""
+    descriptor = os.open(cache / "build.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
 def main(arguments: list[str]) -> int:
     """Compile one request; exit code 0, or 1 after a `failed` report."""
     reports = os.fdopen(os.dup(1), "w")
@@ -155,6 +162,7 @@ def main(arguments: list[str]) -> int:
     reporter = Reporter(reports)
     request = json.loads(Path(arguments[0]).read_text())
     try:
+        wait_for_turn(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
         compile_program(request, reporter)
     except Exception as error:
         reporter.send(

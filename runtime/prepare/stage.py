@@ -6,6 +6,7 @@ the fields that the specification lists under *Record*, `stage.failed` the class
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,14 +14,19 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from manifests.canonical import canonical_bytes, digest
 from manifests.preparation import StageManifest
+from runtime.backends.errors import CapacityExhausted, ExecutionFailed
 from runtime.prepare.errors import RecordIncomplete
-from traces.failures import ClassifiedError, FailureClass
+from traces.failures import ClassifiedError
 from traces.stages import Stage, describe
 
 MEASURED = frozenset(
     {"optimization_us", "build_us", "load_us", "resident_memory_bytes", "first_run_us", "steady_state_us"}
 )
 """Record fields that differ from build to build: they stand in events, never in what is digested."""
+
+
+OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Numbers by which the system says that a file could not grow."""
 
 
 class Document(Protocol):
@@ -88,8 +94,11 @@ class Journal:
             outcome = work(received)
             report = self._report(stage, input_digest, outcome, start)
         except Exception as error:
-            self._failed(stage, error, start)
-            raise
+            failure = classify(error, stage)
+            self._failed(stage, failure, start)
+            if failure is error:
+                raise
+            raise failure from error
         if self.recorder is not None:
             emitted = canonical_bytes(dict(outcome.emitted.document()))
             self.recorder.commit(
@@ -142,20 +151,35 @@ class Journal:
         )
         return StageReport(stage, (time.perf_counter_ns() - start) // 1000, manifest, outcome.record)
 
-    def _failed(self, stage: Stage, error: Exception, start: int) -> None:
-        if not isinstance(error, ClassifiedError):
-            failure_class, error_type = FailureClass.MODEL_PROVIDER, type(error).__name__
-            payload: dict[str, Any] = {"message": str(error)[:500], "evidence": {"error_class": error_type}}
-        else:
-            error.stage = error.stage or stage.value
-            failure_class, error_type, payload = error.failure_class, error.error_type, error.to_payload()
+    def _failed(self, stage: Stage, error: ClassifiedError, start: int) -> None:
         if self.recorder is not None:
             self.recorder.commit(
                 "stage.failed",
-                payload=payload,
+                payload=error.to_payload(),
                 stage=stage.value,
                 duration_us=(time.perf_counter_ns() - start) // 1000,
                 status="error",
-                failure_class=failure_class.value,
-                error_type=error_type,
+                failure_class=error.failure_class.value,
+                error_type=error.error_type,
             )
+
+
+def classify(error: Exception, stage: Stage) -> ClassifiedError:
+    """Give a stage's error its class: its own, capacity for memory and disk, else a failed execution of the stage."""
+    if isinstance(error, ClassifiedError):
+        error.stage = error.stage or stage.value
+        return error
+    text = f"{type(error).__name__}: {error}"[:500]
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in OUT_OF_SPACE):
+        return CapacityExhausted(
+            f"stage {stage.word} ran out of memory or disk",
+            fix="free space under the ledger and the temporary folder",
+            evidence={"memory_pressure": text, "reservation_failure": stage.word},
+            stage=stage.value,
+        )
+    return ExecutionFailed(
+        f"stage {stage.word} failed: {text}",
+        fix="the cause stands in the message; if it is not the model or the disk, it is a defect of Replaylab",
+        evidence={"error_class": type(error).__name__, "provider": "preparation"},
+        stage=stage.value,
+    )

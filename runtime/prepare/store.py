@@ -34,9 +34,9 @@ class PackageStore:
     """The packages of one ledger.  Writers stage and rename, so a reader sees a whole package or none."""
 
     def __init__(self, ledger: Path) -> None:
+        self._layout = LedgerLayout(ledger)
         self.root = ledger / "packages"
-        self.keys = LedgerLayout(ledger).keys
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.keys = self._layout.keys
 
     def path(self, package_digest: str) -> Path:
         """Give the folder of a package, whether it exists or not."""
@@ -46,6 +46,8 @@ class PackageStore:
 
     def digests(self) -> tuple[str, ...]:
         """List the packages that are present, sorted."""
+        if not self.root.is_dir():
+            return ()
         found = (entry.name.replace("-", ":", 1) for entry in self.root.iterdir() if entry.is_dir())
         return tuple(sorted(name for name in found if is_digest(name)))
 
@@ -57,6 +59,8 @@ class PackageStore:
         if target.exists():
             self.verify(package_digest)
             return package_digest
+        self._layout.create()
+        self.root.mkdir(mode=0o700, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=self.root))
         try:
             for name, source in files.items():

@@ -99,8 +99,9 @@ def _lower(record: Mapping[str, Any]) -> str:
 
 
 def _warm(record: Mapping[str, Any]) -> str:
-    measured = sorted(record["steady_state_us"].items(), key=lambda item: item[1])
-    steady = ", ".join(f"{name.removeprefix('decode_')} {us / 1000:.2f}" for name, us in measured)
+    # canonical documents sort names as text, so the batch sizes come back as b1, b32, b8
+    measured = sorted((int(name.removeprefix("decode_b")), us) for name, us in record["steady_state_us"].items())
+    steady = ", ".join(f"b{batch} {us / 1000:.2f}" for batch, us in measured)
     varies = [name for name, found in record["readiness_decision"]["invariance"].items() if found == "differs"]
     axes = ", ".join(name for name in varies if name != "control") or "nothing tried"
     return f"decode ms: {steady}; {_validation(record, 'output_comparison')}; bits vary with {axes}"

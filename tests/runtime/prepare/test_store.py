@@ -132,3 +132,26 @@ def test_publishing_the_same_package_again_changes_nothing(
     assert copied_store.publish(files, package.manifest) == package.digest
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     assert not [path for path in copied_store.root.iterdir() if path.name.startswith(".staging")]
+
+
+@pytest.mark.slow
+def test_five_thousand_bit_flips_over_all_formats_are_refused(
+    copied_store: PackageStore, prepared: Callable[..., PreparedPackage], store: PackageStore, no_parser: None
+) -> None:
+    compiled = prepared("inductor", "float32").digest
+    if not copied_store.path(compiled).exists():
+        shutil.copytree(store.path(compiled), copied_store.path(compiled))
+    draw = random.Random(1)
+    for _ in range(5000):
+        digest = draw.choice(copied_store.digests())
+        manifest = copied_store.path(digest) / "manifest.json"
+        names = [path for path in sorted(manifest.parent.iterdir()) if path.name != "signature.json"]
+        path = draw.choice(names)
+        position = draw.randrange(path.stat().st_size)
+        flip(path, position)
+        with pytest.raises(PackageRefused):
+            load_package(copied_store, digest)
+        flip(path, position)
+        path.touch()
+    for digest in copied_store.digests():
+        copied_store.verify(digest)
