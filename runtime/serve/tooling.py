@@ -184,7 +184,7 @@ class _Call:
         }
         record = {
             "tool": {"name": contract.name, "version": contract.version},
-            "authorization": "allow",
+            "authorization": True,
             "arguments_ref": self._arguments_ref,
             "side_effect_status": status,
             "attempts": attempts,
