@@ -72,9 +72,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     from runtime.serve.deployment import Deployment
 
     deployment = _create(arguments) if arguments.create else Deployment.load(arguments.deployment)
-    listener = socket.create_server((arguments.host, arguments.port))
 
-    async def body() -> None:
+    async def body(listener: socket.socket) -> None:
         session = serving_session(arguments.ledger, deployment, threads=arguments.threads, label=arguments.label)
         async with session:  # opened here, so that a refusal is told in words and not as a server's traceback
             host, port = listener.getsockname()[:2]
@@ -86,8 +85,9 @@ def _serve(arguments: argparse.Namespace) -> int:
             config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
             await uvicorn.Server(config).serve(sockets=[listener])
 
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(body())
+    # listening first: a taken port is told before packages are loaded
+    with socket.create_server((arguments.host, arguments.port)) as listener, contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(body(listener))
     return 0
 
 

@@ -27,6 +27,4 @@ def serving_session(
     def load(package_digest: str) -> TextModel:
         return load_package(store, package_digest, threads=threads)
 
-    return ServingSession(
-        ledger, deployment, load=load, hardware=probe(threads=threads), label=label, run_id=run_id
-    )
+    return ServingSession(ledger, deployment, load=load, hardware=probe(threads=threads), label=label, run_id=run_id)
