@@ -40,7 +40,7 @@ def test_one_cell_runs_and_one_refuses_and_both_are_tracked(
         "--model",
         str(model),
         "--backends",
-        "onnxruntime",
+        "eager",
         "--batch-sizes",
         "2",
         "--requests",
@@ -48,7 +48,7 @@ def test_one_cell_runs_and_one_refuses_and_both_are_tracked(
         "--replays",
         "1",
     ]
-    code, found = study(tmp_path, capsys, *words, "--precisions", "float32,bfloat16")
+    code, found = study(tmp_path, capsys, *words, "--precisions", "float32,float8")
     assert code == 0
     ran, refused = found["cells"]
     assert ran["metrics"]["replay_faithful_exact_rate"] == 1.0
@@ -62,12 +62,12 @@ def test_one_cell_runs_and_one_refuses_and_both_are_tracked(
     experiment = client.get_experiment_by_name(found["experiment"])
     assert experiment is not None
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    child = runs["onnxruntime-float32-2"]
+    child = runs["eager-float32-2"]
     assert child.data.tags["mlflow.parentRunId"] == found["parent_run"]
     assert child.data.tags["pins.compiler"].startswith("sha256:")
     assert child.data.metrics["replay_faithful_exact_rate"] == 1.0
-    assert runs["onnxruntime-bfloat16-2"].info.status == "FAILED"
-    assert runs["onnxruntime-bfloat16-2"].data.tags["failure_class"] == "artifact_compatibility"
+    assert runs["eager-float8-2"].info.status == "FAILED"
+    assert runs["eager-float8-2"].data.tags["failure_class"] == "artifact_compatibility"
 
 
 def test_bad_input_is_refused_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
