@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import socket
+
+    import uvicorn
+
     from runtime.serve.deployment import Deployment
 
 EPILOG = """\
@@ -82,13 +86,35 @@ def _serve(arguments: argparse.Namespace) -> int:
             shown = "\n".join(f"  {name}  {package}" for name, package in routes.items())
             _say(arguments, document, f"Serving on http://{host}:{port}  run {session.run_id}\n{shown}")
             app = create_app(lambda: contextlib.nullcontext(session))
-            config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
-            await uvicorn.Server(config).serve(sockets=[listener])
+            config = uvicorn.Config(
+                app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=10
+            )
+            await _serve_until_signalled(uvicorn.Server(config), listener)
 
     # listening first: a taken port is told before packages are loaded
     with socket.create_server((arguments.host, arguments.port)) as listener, contextlib.suppress(KeyboardInterrupt):
         asyncio.run(body(listener))
     return 0
+
+
+async def _serve_until_signalled(server: uvicorn.Server, listener: socket.socket) -> None:
+    """Serve until SIGINT or SIGTERM, and return, so that the session can record its end.
+
+    uvicorn itself raises the signal again when it is done, which would end the process before that.
+    """
+    import asyncio
+    import signal
+
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    for number in signals:
+        loop.add_signal_handler(number, server.handle_exit, number, None)
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
 
 
 def _create(arguments: argparse.Namespace) -> Deployment:

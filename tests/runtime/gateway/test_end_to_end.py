@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -83,3 +87,21 @@ def test_the_three_engine_stages_follow_one_another_without_a_gap(recorded: tupl
         for turn in turns:
             assert starts["b05", turn] == ends["b04", turn]
             assert starts["b06", turn] == ends["b05", turn]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signalled_server_records_its_end(recorded: tuple[Ledger, list[Outcome]], number: signal.Signals) -> None:
+    folder = recorded[0].path.parent
+    command = [sys.executable, "-m", "replaylab", "serve", "--ledger", str(folder / "ledger"), "--json",
+               "--deployment", str(folder / "desk"), "--port", "0"]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        started = json.loads(server.stdout.readline())
+        with urllib.request.urlopen(f"{started['url']}/health/ready", timeout=30) as answer:
+            assert json.load(answer)["status"] == "ready"
+        server.send_signal(number)
+        assert server.wait(timeout=60) == 0
+    recorded[0].drain()
+    (ended,) = recorded[0].events(run_id=started["run"], event_type="run.completed")
+    assert ended.status == "ok"
