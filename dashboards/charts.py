@@ -14,16 +14,17 @@ from dashboards.words import duration, signed_duration, stage_label
 BAR_HEIGHT = 26
 """Pixels for one row of a waterfall."""
 STRIP = "critical path"
-MAXIMUM_BARS = 1_500
-"""Beyond this a browser gets slow; callers show the longest spans and say so."""
+SMALLEST_MARGIN = 1e-4
+"""Where a tie is drawn: a logarithmic axis has no zero."""
 
 
-def waterfall(spans: Sequence[SpanRow], *, total_us: int | None = None) -> go.Figure:
+def waterfall(spans: Sequence[SpanRow], *, total_us: int | None = None, until_us: int | None = None) -> go.Figure:
     """Draw each span as a tinted bar, its part of the critical path in full colour, and the path itself on top.
 
     Args:
         spans: in the order in which they are shown, top to bottom.
         total_us: end-to-end time; the latest end when left out.
+        until_us: how far the axis reaches, so that two requests can share a scale; as far as needed when left out.
 
     Raises:
         ValueError: there is no span to draw.
@@ -31,7 +32,8 @@ def waterfall(spans: Sequence[SpanRow], *, total_us: int | None = None) -> go.Fi
     if not spans:
         raise ValueError("a waterfall needs at least one span")
     total = total_us if total_us is not None else max(span.end_us for span in spans)
-    scale, unit = _scale(total)
+    reach = max(total, until_us or 0, *(span.end_us for span in spans))
+    scale, unit = _scale(reach)
     figure = go.Figure()
     names = _unique_labels(spans)
     for span, name in zip(spans, names, strict=True):
@@ -63,7 +65,7 @@ def waterfall(spans: Sequence[SpanRow], *, total_us: int | None = None) -> go.Fi
         ticktext=[f"<b>{STRIP}</b>", *names],
     )
     figure.add_hline(y=len(names) - 0.5, line={"color": tint(QUIET, 0.35), "width": 1})
-    figure.update_xaxes(title_text=f"since acceptance, {unit}", range=[0, total / scale * 1.11])
+    figure.update_xaxes(title_text=f"since acceptance, {unit}", range=[0, reach / scale * 1.11])
     return _finish(figure, height=BAR_HEIGHT * (len(names) + 1) + 64, left=128)
 
 
@@ -213,14 +215,14 @@ def token_margins(sides: Sequence[tuple[str, Sequence[TokenRow]]], *, diverged_a
             continue
         figure.add_scatter(
             x=[token.index for token in known],
-            y=[token.margin for token in known],
+            y=[max(token.margin or 0.0, SMALLEST_MARGIN) for token in known],
             mode="lines+markers",
             name=name,
             showlegend=len(sides) > 1,
             line={"color": colours[position % 2], "width": 2, "dash": "solid" if position == 0 else "dot"},
             marker={"size": 5},
-            text=[escape(token.text) if token.text is not None else f"token {token.token}" for token in known],
-            hovertemplate="%{text}<br>margin %{y:.3g}<extra>%{fullData.name}</extra>",
+            text=[_margin_hover(token) for token in known],
+            hovertemplate="%{text}<extra>%{fullData.name}</extra>",
         )
     if not figure.data:
         raise ValueError("no token has a margin")
@@ -287,6 +289,12 @@ def _add_span(figure: go.Figure, span: SpanRow, name: str, scale: float) -> None
             hovertemplate=hover,
             width=0.72,
         )
+
+
+def _margin_hover(token: TokenRow) -> str:
+    """Say one token and its margin; two logits of equal size are a tie."""
+    name = escape(token.text) if token.text is not None else f"token {token.token}"
+    return f"<b>{name}</b><br>" + ("a tie: margin 0" if token.margin == 0 else f"margin {token.margin:.3g}")
 
 
 def _unique_labels(spans: Sequence[SpanRow]) -> list[str]:

@@ -13,14 +13,14 @@ from dashboards.words import duration, moment, short_id
 
 
 def choose_request(
-    path: Path, *, run_parameter: str, request_parameter: str, label: str, fallback: int = 0
+    path: Path, *, run_parameter: str, request_parameter: str, side: str = "", fallback: int = 0
 ) -> tuple[str, str] | None:
     """Return (run, request) from the boxes; None, with a word on why, when there is nothing to choose from.
 
     Args:
         run_parameter: the query parameter that names the run.
         request_parameter: the one that names the request.
-        label: what the box is called.
+        side: ``Left`` or ``Right`` of a comparison; its boxes stand one above the other.
         fallback: which request of the run is shown when the address names none.
     """
     runs = [row for row in ledger.runs(path) if row.requests] if ledger.exists(path) else []
@@ -31,19 +31,25 @@ def choose_request(
             ledger.command(path, "replaylab record support-desk"),
         )
         return None
-    left, right = st.columns(2)
+    left, right = (st.container(), st.container()) if side else st.columns(2)
     asked_run, asked_request = places.chosen(run_parameter), places.chosen(request_parameter)
     index = next((place for place, row in enumerate(runs) if row.run_id == asked_run), None)
     if index is None:
         index = next((place for place, row in enumerate(runs) if row.kind == "live"), 0)
-    run = left.selectbox("Run", runs, index=index, format_func=_say_run, key=f"box-{run_parameter}-{asked_run}")
+    run = left.selectbox(
+        f"{side} run".strip().capitalize(),
+        runs,
+        index=index,
+        format_func=_say_run,
+        key=f"box-{run_parameter}-{asked_run}",
+    )
     requests = ledger.requests(path, run.run_id)
     if not requests:
         empty("This run holds no requests", "It was stopped before the first one arrived.")
         return None
     place = next((spot for spot, row in enumerate(requests) if row.request_ref == asked_request), None)
     request = right.selectbox(
-        label.capitalize(),
+        f"{side} request".strip().capitalize(),
         requests,
         index=place if place is not None else min(fallback, len(requests) - 1),
         format_func=_say_request,

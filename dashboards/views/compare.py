@@ -56,12 +56,12 @@ def show() -> None:
     path = ledger.ledger_path()
     columns = st.columns(2, gap="large")
     with columns[0]:
-        left_place = choose_request(path, run_parameter="left_run", request_parameter="left", label="left")
+        left_place = choose_request(path, run_parameter="left_run", request_parameter="left", side="Left")
     if left_place is None:
         return
     with columns[1]:
         right_place = choose_request(
-            path, run_parameter="right_run", request_parameter="right", label="right", fallback=1
+            path, run_parameter="right_run", request_parameter="right", side="Right", fallback=1
         )
     left = ledger.story(path, *left_place)
     right = ledger.story(path, *right_place) if right_place else None
@@ -185,8 +185,9 @@ def _stages(left: RequestStory, right: RequestStory, found: Divergence) -> None:
     rows: list[list[str]] = []
     for description in REQUEST_STAGES:
         pairs = list(zip_longest(left.passes(description.stage), right.passes(description.stage)))
-        for one, two in pairs or [(None, None)]:
-            rows.append(_stage_cells(description.stage.value, one, two, first=found.stage == description.stage.value))
+        for place, (one, two) in enumerate(pairs or [(None, None)]):
+            first = found.stage == description.stage.value and place == (found.generation or 0)
+            rows.append(_stage_cells(description.stage.value, one, two, first=first))
     table(["Stage", "Left", "Right", "Emitted", "Left took", "Right took", "Difference"], rows, numeric=(4, 5, 6))
 
 
@@ -242,4 +243,5 @@ def _time(left: RequestStory, right: RequestStory) -> None:
     ):
         with column:
             st.caption(f"{name}: {short_id(story.request_ref)}")
-            figure(waterfall(side, total_us=longest), key=f"waterfall-{name}", alt=f"{name} waterfall")
+            chart = waterfall(side, total_us=story.total_us, until_us=longest)
+            figure(chart, key=f"waterfall-{name}", alt=f"{name} waterfall")

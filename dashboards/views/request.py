@@ -32,7 +32,7 @@ from dashboards.rows import StepRow, TokenRow, VerdictRow
 from dashboards.stage_details import stage_details
 from dashboards.story import RequestStory, span_rows
 from dashboards.theme import DIVERGED, WAITING
-from dashboards.words import UNKNOWN, duration, moment, short_digest, short_id, stage_title
+from dashboards.words import UNKNOWN, duration, moment, short_digest, short_id, stage_label, stage_title
 from traces.failures import FailureClass, rule_of
 
 VERDICTS_SHOWN = 4
@@ -45,7 +45,7 @@ def show() -> None:
     """Draw the page."""
     heading("Request", "One request from boundary to response: where the time went, what was pinned, what it left.")
     path = ledger.ledger_path()
-    place = choose_request(path, run_parameter="run", request_parameter="request", label="request")
+    place = choose_request(path, run_parameter="run", request_parameter="request")
     if place is None:
         return
     story = ledger.story(path, *place)
@@ -124,14 +124,14 @@ def _verdicts(story: RequestStory, said: Sequence[VerdictRow]) -> None:
     rows: list[list[str]] = []
     for one in said:
         address = places.comparison_address((story.run_id, story.request_ref), (one.run_id, story.request_ref))
-        link = f'<a href="{escape(address, quote=True)}" target="_self">compare</a>'
+        link = f'<a style="white-space:nowrap" href="{escape(address, quote=True)}" target="_self">compare</a>'
         how = escape(", ".join([one.mode or "replay", *one.changed]))
         rows.append(
             [
                 badge(one.verdict),
                 f"<b>{how}</b>",
                 f'<span title="{escape(one.detail, quote=True)}">{_where(one)}</span>',
-                moment(one.at_us),
+                f'<span style="white-space:nowrap">{moment(one.at_us)}</span>',
                 "this run" if one.run_id == story.run_id else link,
             ]
         )
@@ -141,8 +141,8 @@ def _verdicts(story: RequestStory, said: Sequence[VerdictRow]) -> None:
 def _where(one: VerdictRow) -> str:
     """Say where a replay first differed: layer, stage, token."""
     token = f"token {one.token_index}" if one.token_index is not None else None
-    words = (one.layer, stage_title(one.stage) if one.stage else None, token)
-    said = ", ".join(escape(word) for word in words if word)
+    place = f"{one.layer} in {stage_label(one.stage)}" if one.layer and one.stage else one.layer
+    said = ", ".join(escape(word) for word in (place, token) if word)
     return said or f'<span class="rl-quiet">{escape(one.detail[:80]) or UNKNOWN}</span>'
 
 
