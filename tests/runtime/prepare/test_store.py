@@ -134,13 +134,20 @@ def test_publishing_the_same_package_again_changes_nothing(
     assert not [path for path in copied_store.root.iterdir() if path.name.startswith(".staging")]
 
 
-@pytest.mark.slow
-def test_five_thousand_bit_flips_over_all_formats_are_refused(
-    copied_store: PackageStore, prepared: Callable[..., PreparedPackage], store: PackageStore, no_parser: None
-) -> None:
+@pytest.fixture
+def store_of_all(
+    copied_store: PackageStore, store: PackageStore, prepared: Callable[..., PreparedPackage]
+) -> PackageStore:
+    """Every package format, the compiled one too."""
     compiled = prepared("inductor", "float32").digest
     if not copied_store.path(compiled).exists():
         shutil.copytree(store.path(compiled), copied_store.path(compiled))
+    return copied_store
+
+
+@pytest.mark.slow
+def test_five_thousand_bit_flips_over_all_formats_are_refused(store_of_all: PackageStore, no_parser: None) -> None:
+    copied_store = store_of_all
     draw = random.Random(1)
     for _ in range(5000):
         digest = draw.choice(copied_store.digests())
