@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from replay.errors import IncompleteRecord
 from replay.generations import RecordedSequence
 from replay.jobs import ReplayMode
+from runtime.engine.errors import PlanMissing
 from runtime.engine.generation import GenerationRequest, GenerationResult, OnToken
+from traces.failures import ClassifiedError
 
 if TYPE_CHECKING:
     from runtime.engine.playback import PlanPlayer
@@ -37,6 +39,8 @@ class PlayedGenerations:
     recorded   the request's recorded generations by sequence id
     mode       faithful, alone or forced
     done       what was generated so far, over all routes of the request
+    unseen     whether the recorded caller went away before any token reached it
+    obstacles  what kept the record from being replayed: never a fact about the request itself
     """
 
     player: Callable[[str], PlanPlayer]
@@ -44,6 +48,8 @@ class PlayedGenerations:
     recorded: Mapping[str, RecordedSequence]
     mode: ReplayMode
     done: list[Generated]
+    unseen: bool
+    obstacles: list[ClassifiedError]
 
     async def generate(self, request: GenerationRequest, on_token: OnToken | None = None) -> GenerationResult:
         """Run one generation; plans fit only the prompt that they were made for, so another prompt runs alone."""
@@ -52,13 +58,17 @@ class PlayedGenerations:
         known = known if same else None
         player = self.player(self.engine_id if known is None else known.engine_id)
         before = None if known is None else known.result
+        told = None if self.unseen else on_token
         if known is None or self.mode == "alone" or (self.mode == "forced" and before is None):
-            result = player.replay(request, "alone", None, on_token=on_token)
+            result = player.replay(request, "alone", None, on_token=told)
             self.done.append(Generated(request=request, result=result, followed=None))
-        else:
-            mode = "forced" if self.mode == "forced" else "faithful"
-            result = player.replay(request, mode, before, on_token=on_token)
-            self.done.append(Generated(request=request, result=result, followed=known))
+            return _end(result)
+        try:
+            result = player.replay(request, "forced" if self.mode == "forced" else "faithful", before, on_token=told)
+        except PlanMissing as missing:
+            self.obstacles.append(missing)
+            raise
+        self.done.append(Generated(request=request, result=result, followed=known))
         return _end(result)
 
 
@@ -68,18 +78,22 @@ class AuditedGenerations:
 
     recorded: Mapping[str, RecordedSequence]
     done: list[Generated]
+    unseen: bool
+    obstacles: list[ClassifiedError]
 
     async def generate(self, request: GenerationRequest, on_token: OnToken | None = None) -> GenerationResult:
         """Return the recorded result; IncompleteRecord when this prompt was never run."""
         known = self.recorded.get(request.sequence_id)
         if known is None or known.result is None or known.request is None or known.request.prompt != request.prompt:
-            raise IncompleteRecord(
+            missing = IncompleteRecord(
                 f"the record has no generation {request.sequence_id} for this prompt, and an audit runs no model",
                 missing="generation",
                 fix="Replay with --mode faithful: what changed reaches the model.",
             )
+            self.obstacles.append(missing)
+            raise missing
         for record in known.result.records:
-            if on_token is not None:
+            if on_token is not None and not self.unseen:
                 on_token(record)
         self.done.append(Generated(request=request, result=known.result, followed=known))
         return _end(known.result)

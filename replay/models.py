@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manifests.hardware import HardwareManifest
+from manifests.run import Pins
 from manifests.scheduling import SchedulingManifest
+from replay.errors import PinRefused
 from replay.packages import Candidate
+from replay.text_models import TextModel, text_model
 from runtime.engine.plan import SequenceEntry, StepPlan
-from traces.failures import ClassifiedError
+from traces.failures import ClassifiedError, FailureClass
 
 if TYPE_CHECKING:
     from runtime.engine.generation import GenerationService
@@ -36,17 +39,29 @@ class Models:
         self._sequences = sequences
         self._on_loading = on_loading
         self._loaded: dict[str, Any] = {}
+        self._texts: dict[str, TextModel] = {}
         self._players: dict[tuple[str, str, str], PlanPlayer] = {}
 
     def load(self, package: str) -> Any:
-        """Return the loaded package, its digests verified; raises the store's errors."""
+        """Return the loaded package, its digests verified; PinRefused when it is gone, damaged or does not fit here."""
         if package not in self._loaded:
             from runtime.prepare.load import load_package
             from runtime.prepare.store import PackageStore
 
             self._on_loading(package)
-            self._loaded[package] = load_package(PackageStore(self._ledger), package, threads=self._threads)
+            try:
+                self._loaded[package] = load_package(PackageStore(self._ledger), package, threads=self._threads)
+            except ClassifiedError as error:
+                if error.failure_class is not FailureClass.ARTIFACT_COMPATIBILITY:
+                    raise
+                raise PinRefused(str(error), pin="artifact.package_digest", fix=error.fix) from error
         return self._loaded[package]
+
+    def text_only(self, package: str, pins: Pins) -> TextModel:
+        """Return a package's tokenizer and pins without its executor."""
+        if package not in self._texts:
+            self._texts[package] = text_model(self._ledger, package, pins)
+        return self._texts[package]
 
     def player(self, package: str, engine_id: str, scheduling: SchedulingManifest) -> PlanPlayer:
         """Return the player of one recorded engine's plans on a package."""
@@ -73,13 +88,13 @@ class Models:
         hardware: HardwareManifest,
         scheduling: SchedulingManifest,
         engine_id: str,
+        audited: Pins | None = None,
     ) -> RouteBinding:
-        """Put a package on a route, with the service that generates for it."""
+        """Put a package on a route, with the service that generates for it; without its model for an audit."""
         from runtime.serve.session import bind_route
 
-        return bind_route(
-            route, self.load(package), service, scheduling=scheduling, hardware=hardware, engine_id=engine_id
-        )
+        model = self.load(package) if audited is None else self.text_only(package, audited)
+        return bind_route(route, model, service, scheduling=scheduling, hardware=hardware, engine_id=engine_id)
 
 
 def candidates(ledger: Path) -> tuple[Candidate, ...]:

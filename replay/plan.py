@@ -85,12 +85,14 @@ class Surroundings:
 
     hardware       this machine, probed as the recording was
     has_package    says why a package cannot be used, or None when its digests are right
+    has_tokenizer  whether any package here has the tokenizer that the pins name
     readable       whether evidence is in the ledger, undamaged
     missing_steps  engine steps that a sequence's slice needs and the ledger lacks
     """
 
     hardware: HardwareManifest
     has_package: Callable[[str], str | None]
+    has_tokenizer: Callable[[Pins], bool]
     readable: Callable[[str], bool]
     missing_steps: Callable[[RecordedRequest], tuple[str, ...]]
 
@@ -147,7 +149,7 @@ def _missing_package(pins: Pins, surroundings: Surroundings) -> Iterator[Missing
     """Look for the prepared package that the request ran on."""
     package = pins.artifact.package_digest
     if package is None:
-        yield Missing(pin="artifact.package_digest", recorded=None, here=None, allows=Level.DECISION)
+        yield Missing(pin="artifact.package_digest", recorded=None, here=None, allows=Level.LATENCY)
         return
     reason = surroundings.has_package(package)
     if reason is not None:
@@ -155,7 +157,7 @@ def _missing_package(pins: Pins, surroundings: Surroundings) -> Iterator[Missing
             pin="artifact.package_digest",
             recorded=package,
             here=reason,
-            allows=Level.DECISION,
+            allows=Level.DECISION if surroundings.has_tokenizer(pins) else Level.LATENCY,
             fix=f"Prepare it again: replaylab prepare MODEL --backend {pins.compiler.backend} "
             f"--precision {pins.compiler.precision}",
         )

@@ -42,11 +42,17 @@ from runtime.serve.deployment import DeploymentDocument
 from runtime.serve.envelope import RequestEnvelope
 from runtime.serve.pipeline import run_request
 from runtime.serve.services import RequestIdentity, RouteBinding, Services, ToolFacts, request_columns
+from traces.failures import ClassifiedError
+from traces.stages import Stage
 
 if TYPE_CHECKING:
     from traces.envelope import TraceEvent
     from traces.ledger.ledger import Ledger
     from traces.recorder import Recorder
+
+
+BY_CALLER = ("cancelled", "caller")
+"""Finish reason and origin of a generation whose caller went away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +135,8 @@ class _Passage:
         self._listener = Listener(setting.recorder)
         self._recorded = {sequence.sequence_id: sequence for sequence in sequences}
         self._done: list[Generated] = []
+        self._obstacles: list[ClassifiedError] = []
+        self._left_in = cancelled_in(request)
 
     async def run(self, envelope: RequestEnvelope) -> None:
         """Send the request through the ten stages; a cancelled caller's request ends as it did."""
@@ -138,6 +146,8 @@ class _Passage:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise  # the replay itself is being stopped, not the replayed caller
+        if self._obstacles:
+            raise IncompleteRecord(str(self._obstacles[0]), missing="record.engine_step", fix=self._obstacles[0].fix)
         self._record_generations()
 
     def record(self) -> RequestRecord:
@@ -183,7 +193,13 @@ class _Passage:
             repin=setting.substitutes.repin,
             mode=setting.mode,
             parent=request.request_ref,
+            # a caller who left while tokens were made is the generation service's to repeat
+            cancelled_in=None if self._left_generating() else self._left_in,
         )
+
+    def _left_generating(self) -> bool:
+        results = [sequence.result for sequence in self._recorded.values()]
+        return any(one is not None and (one.finish_reason, one.cancel_origin) == BY_CALLER for one in results)
 
     def _routes(self) -> dict[str, RouteBinding]:
         """Bind every route as it stood at the request's arrival, or to the package that stands in for it."""
@@ -203,6 +219,7 @@ class _Passage:
                 hardware=setting.hardware,
                 scheduling=self._scheduling(),
                 engine_id=route.engine_id,
+                audited=request.pins if setting.mode == "audit" else None,
             )
         return bindings
 
@@ -216,7 +233,9 @@ class _Passage:
     def _service(self, package: str, engine_id: str) -> PlayedGenerations | AuditedGenerations:
         setting = self._setting
         if setting.mode == "audit":
-            return AuditedGenerations(recorded=self._recorded, done=self._done)
+            return AuditedGenerations(
+                recorded=self._recorded, done=self._done, unseen=self._unseen, obstacles=self._obstacles
+            )
         mode: ReplayMode = "alone" if setting.rescheduled else setting.mode
         models, scheduling = setting.models, self._scheduling()
         return PlayedGenerations(
@@ -225,7 +244,14 @@ class _Passage:
             recorded=self._recorded,
             mode=mode,
             done=self._done,
+            unseen=self._unseen,
+            obstacles=self._obstacles,
         )
+
+    @property
+    def _unseen(self) -> bool:
+        """Whether the recorded caller went away before any token reached it."""
+        return self._left_in is not None and self._left_in[0] == Stage.PREFILL.value
 
     def _generation(self, generated: Generated) -> GenerationRecord:
         """Return what eval judges of one replayed generation, with the shapes that it ran in."""
@@ -278,6 +304,14 @@ class _Passage:
                 result_ref=self._listener.put_blob(result.encode()),
                 **columns,
             )
+
+
+def cancelled_in(request: RecordedRequest) -> tuple[str, int] | None:
+    """Return the stage and pass in which the recorded caller went away; None when it stayed."""
+    for event in request.of_type("stage.failed"):
+        if event.error_type == "cancelled" and event.stage is not None:
+            return event.stage.value, int(event.payload.get("ordinal", 0))
+    return None
 
 
 def tool_facts(pins: Pins | None) -> ToolFacts:

@@ -175,12 +175,13 @@ def span_records(events: Iterable[TraceEvent]) -> tuple[SpanRecord, ...]:
 def tool_call_records(events: Iterable[TraceEvent]) -> tuple[ToolCallRecord, ...]:
     """Return the proposed tool calls in order: what was decided about each, and what its tool effects gave.
 
-    A call's result is everything that tools answered while its stage ran: reading who owns an account comes before
-    the decision that depends on it.
+    A call's result is everything that tools answered while its stage ran.  Reading who owns an account comes before
+    the decision about a ticket, which is then a consequence of that answer and is not told as a decision of its own.
     """
     calls: list[ToolCallRecord] = []
     answers: list[str] = []
     decided: TraceEvent | None = None
+    independent = True
     for event in events:
         tooling = event.stage is not None and event.stage.word == "tooling"
         if tooling and event.event_type == "stage.started":
@@ -189,9 +190,9 @@ def tool_call_records(events: Iterable[TraceEvent]) -> tuple[ToolCallRecord, ...
             if event.payload.get("phase") == "performed":
                 answers.append(name_of(event.result_ref) or "unknown")
         elif event.event_type == "tool.authorized":
-            decided = event
+            decided, independent = event, not answers
         elif tooling and event.event_type in ("stage.completed", "stage.failed") and decided is not None:
-            calls.append(_tool_call(decided, answers))
+            calls.append(_tool_call(decided, answers, independent=independent))
     return tuple(calls)
 
 
@@ -229,12 +230,12 @@ def _stage(key: tuple[str, int], started: TraceEvent, end: TraceEvent | None) ->
     )
 
 
-def _tool_call(decided: TraceEvent, answers: list[str]) -> ToolCallRecord:
+def _tool_call(decided: TraceEvent, answers: list[str], *, independent: bool) -> ToolCallRecord:
     return ToolCallRecord(
         name=decided.tool_name or "unknown",
         arguments_digest=name_of(decided.payload.get("arguments_ref")),
         result_digest=digest(answers) if answers else None,
-        decision=decided.policy_decision,
+        decision=decided.policy_decision if independent else None,
         side_effect=decided.side_effect or "none",
         attempt=decided.attempt or 1,
     )

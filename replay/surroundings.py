@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from replay.generations import load_plans, load_sequence_tables, load_sequences
 from replay.plan import Surroundings
 from replay.records import RecordedRequest, RecordedRun
+from replay.text_models import has_tokenizer
 from runtime.engine.slicing import Schedule
 from runtime.prepare.store import PackageStore
 from runtime.probe import probe
@@ -35,7 +36,11 @@ def surroundings_of(ledger: Ledger, run: RecordedRun) -> Surroundings:
         return True
 
     return Surroundings(
-        hardware=probe(), has_package=has_package, readable=readable, missing_steps=slices.missing_steps
+        hardware=probe(),
+        has_package=has_package,
+        has_tokenizer=lambda pins: has_tokenizer(ledger.layout.root, pins),
+        readable=readable,
+        missing_steps=slices.missing_steps,
     )
 
 

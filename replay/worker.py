@@ -158,7 +158,7 @@ def _without_comparison(error: ClassifiedError, run_id: str, reference: str, chi
     refused = isinstance(error, ReplayRefused)
     return ReplayVerdict(
         verdict=Verdict.REFUSED if refused else Verdict.UNVERIFIED,
-        refused_pin=error.pin if isinstance(error, PinRefused) else None,
+        refused_pin=_standing_in_the_way(error),
         original={"run": run_id, "request": reference},
         replay={
             "run": child,
@@ -170,6 +170,13 @@ def _without_comparison(error: ClassifiedError, run_id: str, reference: str, chi
         },
         detail=str(error),
     )
+
+
+def _standing_in_the_way(error: ClassifiedError) -> str | None:
+    """Name the pin, or the part of the record, for lack of which a replay was refused."""
+    if isinstance(error, PinRefused):
+        return error.pin
+    return error.missing if isinstance(error, IncompleteRecord) else None
 
 
 def _started(job: Job) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from replay.cli import main
+from replay.generations import load_sequences
 from replay.jobs import Job, Report
 from replay.plan import Level, assess
 from replay.records import load_run
@@ -177,13 +179,36 @@ def test_no_text_of_another_tenant_is_in_a_replay(recorded: Recorded, replay: Re
     assert all(len(hex_digest(reference)) == 64 for reference in blobs)
 
 
+@pytest.mark.parametrize("place", [0, 7, 30])
+def test_a_lost_step_lowers_the_promise_of_those_who_need_it(recorded: Recorded, place: int) -> None:
+    run = load_run(recorded.ledger, recorded.run_id)
+    lost = run.shared_of_type("engine.step")[place]
+    damaged = replace(run, shared=tuple(event for event in run.shared if event is not lost))
+    here = surroundings_of(recorded.ledger, damaged)
+    reached = {reference: assess(request, here) for reference, request in damaged.requests.items()}
+    lowered = {reference for reference, reach in reached.items() if reach.level is Level.TOKEN}
+    assert lowered
+    assert all(reached[reference].missing[0].pin == "record.engine_step" for reference in lowered)
+    for reference, request in run.requests.items():
+        ran = {
+            step
+            for sequence in load_sequences(recorded.ledger, request.events)
+            if sequence.result is not None
+            for step in sequence.result.steps
+        }
+        if lost.step in ran:
+            assert reference in lowered
+
+
 def test_the_canary_is_there_to_be_found(recorded: Recorded) -> None:
     asked = recorded.ledger.events(run_id=recorded.run_id, event_type="request.accepted")
     texts = [recorded.ledger.read_blob(event.input_ref).decode() for event in asked if event.input_ref]
     assert sum(CANARY in text for text in texts) == len(recorded.references(task.TENANTS[1]))
 
 
-def test_check_promises_bitwise_and_takes_it_back_when_the_package_is_gone(recorded: Recorded, replay: Replay) -> None:
+def test_check_promises_bitwise_and_no_more_than_an_audit_without_the_package(
+    recorded: Recorded, replay: Replay
+) -> None:
     run = load_run(recorded.ledger, recorded.run_id)
     reached = surroundings_of(recorded.ledger, run)
     assert {assess(request, reached).level for request in run.requests.values()} == {Level.BITWISE}
@@ -197,6 +222,8 @@ def test_check_promises_bitwise_and_takes_it_back_when_the_package_is_gone(recor
             assert reach.level is Level.DECISION
             assert reach.missing[0].pin == "artifact.package_digest"
         (verdict,) = replay(requests=recorded.references()[:1]).values()
-        assert verdict.verdict is not Verdict.EXACT
+        assert (verdict.verdict, verdict.refused_pin) == (Verdict.REFUSED, "artifact.package_digest")
+        audited = replay(mode="audit")  # the other package has the tokenizer, and an audit needs no more
+        assert {verdict.verdict for verdict in audited.values()} == {Verdict.EXACT}
     finally:
         away.rename(package)
