@@ -154,4 +154,25 @@ FROM event
 WHERE stage IS NOT NULL AND duration_us IS NOT NULL AND event_type IN ('stage.completed', 'stage.failed');
 """
 
-MIGRATIONS: tuple[str, ...] = (_MIGRATION_1, _MIGRATION_2)
+# A replay names its parent as parent_run; its requests keep their references, so a run is needed to tell them apart.
+_MIGRATION_3 = """
+CREATE OR REPLACE VIEW run AS
+SELECT run_id,
+       min(ts_us) AS started_us,
+       max(ts_us) AS ended_us,
+       max(ts_us) - min(ts_us) AS duration_us,
+       any_value(component) FILTER (event_type = 'run.started') AS component,
+       any_value(payload.kind::VARCHAR) FILTER (event_type = 'run.started') AS kind,
+       any_value(coalesce(payload.parent_run::VARCHAR, payload.parent::VARCHAR)) FILTER (event_type = 'run.started')
+           AS parent,
+       any_value(payload.mode::VARCHAR) FILTER (event_type = 'run.started') AS mode,
+       arg_max(status, seq) FILTER (event_type = 'run.completed') AS status,
+       count(DISTINCT request_ref) AS requests,
+       count(*) FILTER (event_type = 'request.terminal' AND status = 'ok') AS requests_ok,
+       count(*) FILTER (event_type = 'request.terminal' AND status <> 'ok') AS requests_not_ok,
+       count(*) FILTER (failure_class IS NOT NULL) AS failures,
+       count(*) AS events
+FROM event GROUP BY run_id;
+"""
+
+MIGRATIONS: tuple[str, ...] = (_MIGRATION_1, _MIGRATION_2, _MIGRATION_3)
