@@ -1,15 +1,19 @@
-"""Small made-up ledgers, written by the real recorder with a still clock."""
+"""Small made-up ledgers, written by the real recorder with a still clock, and one run of the real runtime."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from traces.ledger.ledger import Ledger
 from traces.recorder import Recorder
+
+if TYPE_CHECKING:
+    from tests.replay.recorded import Recorded
 
 
 class StillClock:
@@ -64,3 +68,11 @@ def made_up(tmp_path: Path) -> Iterator[MadeUpLedger]:
     ledger = MadeUpLedger(tmp_path / "ledger")
     yield ledger
     ledger.close()
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """Twelve requests of two tenants, recorded by the real runtime on random weights."""
+    from tests.replay.recorded import record
+
+    return asyncio.run(record(tmp_path_factory.mktemp("replay")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,16 +19,11 @@ from replay.verdict import ReplayVerdict, Verdict
 from replay.worker import run_job
 from runtime.models.reference import task
 from runtime.serve.databases import build_corpus
-from tests.replay.recorded import CANARY, Recorded, record
+from tests.replay.recorded import CANARY, Recorded
 from traces.evidence import hex_digest
 
 Replay = Callable[..., dict[str, ReplayVerdict]]
 OWNED = '{"account":"0000","plan":"gold","status":"active","balance":"1","orders":"1"}'
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
-    return asyncio.run(record(tmp_path_factory.mktemp("replay")))
 
 
 @pytest.fixture(scope="module")
