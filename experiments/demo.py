@@ -183,8 +183,8 @@ class _Demo:
         total = len(faithful.verdicts)
         layers = Counter(verdict.layer for verdict in alone.verdicts if verdict.layer)
         self.out.print(
-            f"replayed  [bold green]{faithful.count('exact')} of {total} exact[/bold green] from their slices of the batch"
-            f" schedule, in {faithful.seconds:.1f} s", soft_wrap=True,
+            f"replayed  [bold green]{faithful.count('exact')} of {total} exact[/bold green], each from its slice of the"
+            f" batch schedule, in {faithful.seconds:.1f} s", soft_wrap=True,
         )  # fmt: skip
         self.out.print(
             f"          {alone.count('exact')} of {len(alone.verdicts)} exact when each is replayed alone:"
