@@ -18,13 +18,16 @@ SMALLEST_MARGIN = 1e-4
 """Where a tie is drawn: a logarithmic axis has no zero."""
 
 
-def waterfall(spans: Sequence[SpanRow], *, total_us: int | None = None, until_us: int | None = None) -> go.Figure:
+def waterfall(
+    spans: Sequence[SpanRow], *, total_us: int | None = None, until_us: int | None = None, since: str = "acceptance"
+) -> go.Figure:
     """Draw each span as a tinted bar, its part of the critical path in full colour, and the path itself on top.
 
     Args:
         spans: in the order in which they are shown, top to bottom.
         total_us: end-to-end time; the latest end when left out.
         until_us: how far the axis reaches, so that two requests can share a scale; as far as needed when left out.
+        since: what the axis counts from.
 
     Raises:
         ValueError: there is no span to draw.
@@ -65,7 +68,7 @@ def waterfall(spans: Sequence[SpanRow], *, total_us: int | None = None, until_us
         ticktext=[f"<b>{STRIP}</b>", *names],
     )
     figure.add_hline(y=len(names) - 0.5, line={"color": tint(QUIET, 0.35), "width": 1})
-    figure.update_xaxes(title_text=f"since acceptance, {unit}", range=[0, reach / scale * 1.11])
+    figure.update_xaxes(title_text=f"since {since}, {unit}", range=[0, reach / scale * 1.11])
     return _finish(figure, height=BAR_HEIGHT * (len(names) + 1) + 64, left=128)
 
 
@@ -141,14 +144,14 @@ def batch_occupancy(steps: Sequence[StepRow], *, capacity: int | None = None) ->
             base=[step.prefill_rows if upper else 0 for step in steps],
             width=[max(step.duration_us, 1) / scale for step in steps],
             offset=0,
-            name=name,
-            showlegend=True,
             marker={
                 "color": [tint(stage_colour(stage), 1.0 if step.own or not focused else 0.28) for step in steps],
                 "line": {"color": "white", "width": 0.5 if len(steps) < 160 else 0},
             },
             hovertemplate=[_step_hover(step) for step in steps],
+            showlegend=False,
         )
+        figure.add_bar(x=[None], y=[None], name=name, marker={"color": stage_colour(stage)})  # the legend's own
     if capacity is not None:
         figure.add_hline(
             y=capacity,

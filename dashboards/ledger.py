@@ -103,7 +103,8 @@ def token_text(path: Path, pins: Mapping[str, Mapping[str, Any]] | None) -> Call
 @st.cache_resource(max_entries=8, show_spinner=False)
 def _runs(path: str, fresh: Freshness) -> list[RunRow]:
     ledger = Ledger(path)
-    return run_rows(ledger.runs(), ledger.events(event_type="run.started"), ledger.requests())
+    told = ledger.events(event_type=("run.started", "run.completed"))
+    return run_rows(ledger.runs(), told, ledger.requests())
 
 
 @st.cache_resource(max_entries=64, show_spinner=False)

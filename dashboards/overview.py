@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from dashboards.rows import LatencyRow, RequestRow, RunRow, VerdictRow
+from dashboards.words import short_digest
 from traces.envelope import TraceEvent
 from traces.stages import Stage
 
@@ -20,10 +21,12 @@ def run_rows(
 
     Args:
         rows: the ledger's ``run`` view.
-        starts: the run.started events, which say what was run.
+        starts: the run.started and run.completed events, which say what was run and what came of it.
         requests: the ledger's ``request`` view of all runs.
     """
-    told = {event.run_id: event.payload for event in starts}
+    told: dict[str, dict[str, Any]] = {}
+    for event in starts:
+        told.setdefault(event.run_id, {}).update(event.payload)
     times: dict[str, list[int]] = {}
     failed: dict[str, int] = {}
     for request in requests:
@@ -149,7 +152,8 @@ def _name(kind: str, payload: Mapping[str, Any]) -> str:
         return ", ".join(["replay", str(payload.get("mode", "faithful")), *_settings(payload)])
     if kind == "preparation":
         words = [str(payload[name]) for name in ("model", "backend", "precision") if payload.get(name)]
-        return " ".join(["prepare", *words])
+        package = payload.get("package")
+        return " ".join(["prepare", *words]) + (f", package {short_digest(str(package))}" if package else "")
     label = payload.get("label") or payload.get("workload")
     return label if isinstance(label, str) else kind
 

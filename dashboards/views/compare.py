@@ -13,6 +13,7 @@ import streamlit as st
 from dashboards import ledger
 from dashboards.charts import stage_deltas, token_margins, waterfall
 from dashboards.chooser import choose_request
+from dashboards.conversation import conversation, show_conversation
 from dashboards.engine_view import first_difference, generations, token_rows
 from dashboards.judged import first_divergence
 from dashboards.parts import (
@@ -140,6 +141,9 @@ def _answers(
 ) -> None:
     """Show the generated tokens side by side and mark where they part."""
     section("Answers", term="bits")
+    for column, story in zip(st.columns(2, gap="large"), stories, strict=True):
+        with column:
+            show_conversation(conversation(story, ledger.reader(path)))
     texts = [ledger.token_text(path, story.pins) for story in stories]
     if not results[0] and not results[1]:
         st.caption("Neither side generated a token.")

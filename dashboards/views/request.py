@@ -11,6 +11,7 @@ import streamlit as st
 from dashboards import ledger, places
 from dashboards.charts import batch_occupancy, token_margins, waterfall
 from dashboards.chooser import choose_request
+from dashboards.conversation import conversation, show_conversation
 from dashboards.engine_view import generations, own_steps, step_rows, token_rows
 from dashboards.evidence_view import decisions_table, effects_table, evidence_list, tools_table
 from dashboards.parts import (
@@ -52,10 +53,11 @@ def show() -> None:
     if story is None:
         empty("This request is not in the ledger", "The address names a request that was never recorded here.")
         return
+    read = ledger.reader(path)
     _headline(story)
+    show_conversation(conversation(story, read))
     _replays(path, story)
     _waterfall(story)
-    read = ledger.reader(path)
     shown = st.tabs(["Answer and tokens", "Stages", "Pins", "Tools, policy, effects", "Engine", "Evidence"])
     with shown[0]:
         _answer(path, story, read)

@@ -20,6 +20,8 @@ from dashboards.words import UNKNOWN, duration, moment, short_digest, short_id, 
 
 ROW_HEIGHT = 35
 """Pixels of one row in Streamlit's tables."""
+ROWS_SHOWN = 7
+"""Runs in sight at once; requests twice as many."""
 STEPS_SHOWN = 400
 """Engine steps in one chart: more are unreadable."""
 
@@ -48,8 +50,8 @@ def _choose(found: list[RunRow], verdicts: list[VerdictRow]) -> RunRow:
             "Started (UTC)": moment(row.started_us),
             "What": row.name,
             "Kind": row.kind,
-            "Requests": row.requests,
-            "Failed": row.failed,
+            "Requests": row.requests or None,
+            "Failed": row.failed if row.requests else None,
             "Median": duration(row.p50_us),
             "Replay says": _verdict_words([one for one in verdicts if one.run_id == row.run_id]),
             "Run": short_id(row.run_id),
@@ -59,7 +61,7 @@ def _choose(found: list[RunRow], verdicts: list[VerdictRow]) -> RunRow:
     state = st.dataframe(
         rows,
         hide_index=True,
-        height=min(ROW_HEIGHT * (len(rows) + 1) + 3, 300),
+        height="content" if len(rows) <= ROWS_SHOWN else ROW_HEIGHT * (ROWS_SHOWN + 1),
         on_select="rerun",
         selection_mode="single-row",
         key="runs",
@@ -129,12 +131,11 @@ def _requests(path: Path, row: RunRow, requests: list[RequestRow]) -> None:
     state = st.dataframe(
         [_request_cells(row, one, verdicts) for one in requests],
         hide_index=True,
-        height=min(ROW_HEIGHT * (len(requests) + 1) + 3, 460),
+        height="content" if len(requests) <= 2 * ROWS_SHOWN else ROW_HEIGHT * (2 * ROWS_SHOWN + 1),
         on_select="rerun",
         selection_mode="multi-row",
         key=f"requests-{row.run_id}",
         column_config={
-            "Status": st.column_config.TextColumn(width="medium"),
             "At": st.column_config.TextColumn(help="Arrival, counted from the first request of the run."),
             "First token": st.column_config.TextColumn(help="From acceptance to the first generated token."),
             "Pins": st.column_config.TextColumn(help="Digest of the eight pins. Equal digests mean equal conditions."),
@@ -159,15 +160,15 @@ def _request_cells(row: RunRow, one: RequestRow, verdicts: list[VerdictRow]) -> 
     return {
         "Request": short_id(one.request_ref),
         "At": duration(one.accepted_us - row.started_us),
-        "Tenant": short_id(one.tenant_ref),
         "Status": _status(one),
+        "Replays": ", ".join(words) or UNKNOWN,
         "End to end": duration(one.total_us),
         "First token": duration(one.first_token_us),
         "Tokens in": one.input_tokens,
         "Tokens out": one.output_tokens,
         "Route": one.route or UNKNOWN,
+        "Tenant": short_id(one.tenant_ref),
         "Pins": short_digest(one.manifest_digest),
-        "Replays": ", ".join(words) or UNKNOWN,
     }
 
 
@@ -233,7 +234,8 @@ def _preparation(stages: Any) -> None:
     """Show the nine preparation stages."""
     total = max((run.end_us or run.start_us) for run in stages)
     section("From model to package", lead="Nine stages, each with what it received, emitted and recorded.")
-    figure(waterfall(span_rows(stages, total_us=total), total_us=total), key="preparation", alt="Preparation stages")
+    chart = waterfall(span_rows(stages, total_us=total), total_us=total, since="the start")
+    figure(chart, key="preparation", alt="Preparation stages")
     stage_details(stages, key="preparation")
 
 
