@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from eval.attribution import attribute
@@ -14,7 +15,8 @@ from replay.generations import load_plans, load_sequences, recorded_generations
 from replay.judge import sentence
 from replay.portrait import critical_by_stage
 from replay.records import RecordedRequest, load_run, to_request_record
-from traces.failures import EvidenceError
+from replay.text_models import text_model
+from traces.failures import ClassifiedError, EvidenceError
 
 if TYPE_CHECKING:
     from traces.ledger.ledger import Ledger
@@ -47,7 +49,7 @@ def compare_requests(ledger: Ledger, left: Target, right: Target) -> dict[str, A
         "pins": _pins(pins, found),
         "stages_different": list(found.stages_different),
         "tokens_different": found.tokens_different,
-        "tokens": _tokens(first, second, found),
+        "tokens": _with_texts(_tokens(first, second, found), ledger, one, other),
         "texts": [_texts(ledger, one), _texts(ledger, other)],
         "latency": _latency(one, other),
     }
@@ -87,6 +89,27 @@ def _tokens(left: RequestRecord, right: RequestRecord, found: Divergence) -> lis
             rows.append(row)
         return rows
     return []
+
+
+def _with_texts(
+    rows: list[dict[str, Any]], ledger: Ledger, one: RecordedRequest, other: RecordedRequest
+) -> list[dict[str, Any]]:
+    """Add each token's text where a package with the tokenizer is at hand."""
+    for side, request in (("left", one), ("right", other)):
+        decode = _decoder(ledger, request) if rows else None
+        for row in rows:
+            row[f"{side}_text"] = None if decode is None or row[side] is None else decode(row[side])
+    return rows
+
+
+def _decoder(ledger: Ledger, request: RecordedRequest) -> Callable[[int], str] | None:
+    if request.pins is None:
+        return None
+    try:
+        model = text_model(ledger.path, request.pins.artifact.package_digest or "", request.pins)
+    except ClassifiedError:
+        return None
+    return lambda token: str(model.tokenizer.decode([token], skip_special_tokens=False))
 
 
 def _texts(ledger: Ledger, request: RecordedRequest) -> list[str]:

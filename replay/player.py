@@ -55,6 +55,10 @@ BY_CALLER = ("cancelled", "caller")
 """Finish reason and origin of a generation whose caller went away."""
 
 
+LEFT_EFFECTS = frozenset({"cancelled", "ambiguous_side_effect"})
+"""Error types of an effect whose caller went away while it was performed."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What is the same for all requests of one replayed run.
@@ -193,13 +197,15 @@ class _Passage:
             repin=setting.substitutes.repin,
             mode=setting.mode,
             parent=request.request_ref,
-            # a caller who left while tokens were made is the generation service's to repeat
-            cancelled_in=None if self._left_generating() else self._left_in,
+            cancelled_in=None if self._left_working() else self._left_in,
         )
 
-    def _left_generating(self) -> bool:
+    def _left_working(self) -> bool:
+        """Whether the caller left during a generation or an effect: both repeat that from their own records."""
         results = [sequence.result for sequence in self._recorded.values()]
-        return any(one is not None and (one.finish_reason, one.cancel_origin) == BY_CALLER for one in results)
+        if any(one is not None and (one.finish_reason, one.cancel_origin) == BY_CALLER for one in results):
+            return True
+        return any(event.error_type in LEFT_EFFECTS for event in self._request.of_type("effect.performed"))
 
     def _routes(self) -> dict[str, RouteBinding]:
         """Bind every route as it stood at the request's arrival, or to the package that stands in for it."""

@@ -91,8 +91,8 @@ def _print(found: dict[str, Any]) -> None:
         rows = [
             (
                 f"{'>' if row['first'] else ' '} {row['generation'] + 1}.{row['index']}",
-                row["left"],
-                row["right"],
+                _token(row, "left"),
+                _token(row, "right"),
                 _margin(row["left_margin"]),
                 _margin(row["right_margin"]),
                 row["left_bits"],
@@ -130,6 +130,14 @@ def _print_pins(out: Console, pins: list[dict[str, Any]]) -> None:
         (row["pin"], _value(row["left"]), _value(row["right"]), explains.get(row["role"] or "", "")) for row in pins
     ]
     screen.print_table(out, ("pin", "A", "B", ""), rows)
+
+
+def _token(row: dict[str, Any], side: str) -> str:
+    """Return a token's id and text."""
+    if row[side] is None:
+        return "(ended)"
+    text = row[f"{side}_text"]
+    return str(row[side]) if text is None else f"{row[side]} {text!r}"
 
 
 def _value(value: Any) -> str:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from replay.catalog import Target, resolve, short
 from replay.commands import screen
 from replay.errors import PinRefused
-from replay.jobs import MODES, Job, Report
-from replay.launch import died, run_job
+from replay.jobs import MODES, Report
+from replay.launch import died
 from replay.verdict import EXIT_FAILED, ReplayVerdict, Verdict, exit_code, tally
 
 if TYPE_CHECKING:
-    from replay.groups import Group
+    from replay.batch import Done
+    from traces.ledger.ledger import Ledger
 
 EXAMPLE = """\
 modes:
@@ -63,11 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
         substitutions = parse_substitutions(arguments.settings)
         for reference in wanted:
             check_values(recorded.requests[reference].pins, substitutions)
-        groups = group_requests([recorded.requests[reference] for reference in wanted], substitutions)
+        group_requests([recorded.requests[reference] for reference in wanted], substitutions)
     except PinRefused as refusal:
         return _print_refusal(arguments, target, refusal)
-    done = _replay_all(arguments, target.run_id, groups, total=len(wanted) * arguments.repeat)
-    done.sort(key=lambda one: (one.turn, wanted.index(one.request)))
+    done = _replay(arguments, ledger, target, total=len(wanted) * arguments.repeat)
     _print(arguments, done, whole_run=target.request_ref is None)
     verdicts = [one.verdict for one in done]
     return EXIT_FAILED if any(died(verdict) for verdict in verdicts) else exit_code(verdicts)
@@ -89,39 +88,33 @@ def _print_refusal(arguments: argparse.Namespace, target: Target, refusal: PinRe
     return exit_code([verdict])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Done:
-    """One verdict, on one repeat of one request."""
-
-    request: str
-    turn: int
-    verdict: ReplayVerdict
-
-
-def _replay_all(arguments: argparse.Namespace, run_id: str, groups: list[Group], *, total: int) -> list[Done]:
-    """Run every group in a worker of its own environment, with a progress bar."""
+def _replay(arguments: argparse.Namespace, ledger: Ledger, target: Target, *, total: int) -> list[Done]:
+    """Replay with a progress bar."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    done: list[Done] = []
+    from replay.batch import replay_requests
+
+    counted: Counter[str] = Counter()
     columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
     with Progress(
         *columns, TimeElapsedColumn(), console=screen.console(stderr=True), disable=arguments.json, transient=True
     ) as bar:
         task = bar.add_task("replay", total=total, state="starting a worker")
-        on_report = _teller(lambda state: bar.update(task, state=state))
-        for group in groups:
-            job = Job(
-                ledger=arguments.ledger,
-                run_id=run_id,
-                requests=group.requests,
-                mode=arguments.mode,
-                settings=tuple(arguments.settings),
-                repeat=arguments.repeat,
-            )
-            for request, turn, verdict in run_job(job, environment=group.environment, on_report=on_report):
-                done.append(Done(request=request, turn=turn, verdict=verdict))
-                bar.update(task, advance=1, state=screen.counts(tally(one.verdict for one in done)))
-    return done
+
+        def count(one: Done) -> None:
+            counted[one.verdict.verdict.value] += 1
+            bar.update(task, advance=1, state=screen.counts(counted))
+
+        return replay_requests(
+            ledger,
+            target.run_id,
+            requests=None if target.request_ref is None else [target.request_ref],
+            mode=arguments.mode,
+            settings=arguments.settings,
+            repeat=arguments.repeat,
+            on_verdict=count,
+            on_report=_teller(lambda state: bar.update(task, state=state)),
+        )
 
 
 def _teller(tell: Callable[[str], None]) -> Callable[[Report], None]:

@@ -66,6 +66,37 @@ def test_the_command_replays_every_request_of_the_run_exactly(
     assert json.loads(capsys.readouterr().out)["pins"] == []
 
 
+def test_every_command_prints_for_people_too(recorded: Recorded, capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["--ledger", str(recorded.path)]
+    first, second = recorded.references()[:2]
+    for words, code, says in (
+        (["list"], 0, "serve"),
+        (["list", recorded.run_id], 0, "validation_policy"),
+        (["last"], 0, "asked:"),
+        (["show", first], 0, "waterfall"),
+        (["check", first], 0, "bitwise replay is reachable"),
+        (["check", recorded.run_id], 0, "12 requests: 12 bitwise"),
+        (["diff", first, second], 1, "pins that differ"),
+    ):
+        assert main([*words, *place]) == code, words
+        assert says in capsys.readouterr().out, words
+
+
+def test_two_requests_that_part_are_shown_token_by_token(
+    recorded: Recorded, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = recorded.references()[0]
+    code = main(["run", first, "--set", "generation.seed=77", "--ledger", str(recorded.path)])
+    assert code == 1
+    assert "set, can explain this: generation.seed" in capsys.readouterr().out
+    recorded.ledger.drain()
+    child = max(recorded.ledger.events(event_type="run.started"), key=lambda event: event.ts_us).run_id
+    assert main(["diff", first, f"{child}/{first}", "--ledger", str(recorded.path)]) == 1
+    printed = capsys.readouterr().out
+    assert "tokens around the first difference" in printed
+    assert "generation.seed" in printed
+
+
 @pytest.mark.parametrize("mode", ["faithful", "forced", "audit"])
 def test_unchanged_replays_are_exact(replay: Replay, mode: str) -> None:
     assert {verdict.verdict for verdict in replay(mode=mode).values()} == {Verdict.EXACT}
