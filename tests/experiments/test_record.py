@@ -1,0 +1,157 @@
+"""`replaylab record` leaves a run in the ledger and says what came of it; bad input is one clear error."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from experiments.recording import Recording, envelope_of, record_workload
+from experiments.summary import quantiles, summarize
+from experiments.support_desk import support_desk_workload
+from experiments.workloads import ActivatePackage, WorkloadRequest, write_jsonl
+from replaylab import main
+from runtime.models.reference import task
+from runtime.prepare.store import PackageStore
+from runtime.serve.deployment import create_support_desk
+from runtime.serve.envelope import parse_envelope
+from tests.replay.recorded import prepare_packages
+from traces.envelope import TraceEvent
+from traces.ledger.ledger import Ledger
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ledger with two packages called plain and narrow."""
+    folder = tmp_path_factory.mktemp("record")
+    store, packages = prepare_packages(folder)
+    store.set_alias("plain", packages["float32"])
+    store.set_alias("narrow", packages["bfloat16"])
+    return folder / "ledger"
+
+
+def _record(ledger: Path, words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, object]]:
+    code = main(["record", *words, "--ledger", str(ledger), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_a_workload_with_a_switch_is_recorded(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tenant = task.TENANTS[0]
+    items = [
+        WorkloadRequest(at_us=place * 1_000, tenant=tenant, question=f"Question {place}?", generation={"max_tokens": 8})
+        for place in range(3)
+    ]
+    switch = ActivatePackage(at_us=3_000, route="primary", package="narrow")
+    raw = WorkloadRequest(at_us=4_000, tenant=tenant, prompt_tokens=(70, 71, 72), generation={"max_tokens": 4})
+    path = tmp_path / "load.jsonl"
+    write_jsonl(path, [*items, switch, raw])
+    code, summary = _record(prepared, [str(path), "--package", "plain"], capsys)
+    assert code == 0
+    assert (summary["requests"], summary["events_dropped"], summary["stopped"]) == (4, 0, False)
+    events = Ledger(prepared).events(run_id=str(summary["run"]))
+    activated = [event.payload["package"] for event in events if event.event_type == "package.activated"]
+    store = PackageStore(prepared)
+    assert activated == [store.resolve("plain"), store.resolve("narrow")]
+    assert sum(event.event_type == "request.terminal" for event in events) == 4
+    assert events[-1].event_type == "run.completed"
+
+
+def test_a_trace_file_is_recorded_scaled_to_the_model(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    rows = [{"timestamp": 0, "input_length": 4096, "output_length": 90, "hash_ids": list(range(8))}] * 3
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, summary = _record(prepared, [str(path), "--package", "plain", "--output-tokens", "2"], capsys)
+    assert (code, summary["ok"]) == (0, 3)
+    assert summary["prompt_tokens"] == 3 * 128
+    assert int(str(summary["cached_tokens"])) > 0
+    assert summary["output_tokens"] == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["none.jsonl", "--package", "plain"], "no such file"),
+        (["support-desk"], "2 packages are prepared; say which"),
+        (["support-desk", "--package", "green"], "names no package"),
+        (["support-desk", "--package", "plain", "--scheduling", "colour=1"], "is no scheduling field"),
+        (["support-desk", "--package", "plain", "--scheduling", "block_size=0"], "block_size"),
+        (["support-desk", "--deployment", "nowhere"], "no readable deployment"),
+    ],
+)
+def test_bad_input_is_one_clear_error(
+    prepared: Path, words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["record", *words, "--ledger", str(prepared)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert says in said
+
+
+def test_a_control_that_names_nothing_is_refused_before_anything_runs(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "load.jsonl"
+    request = WorkloadRequest(at_us=0, tenant=task.TENANTS[0], question="q")
+    for switch in (
+        ActivatePackage(at_us=1, route="scenic", package="plain"),
+        ActivatePackage(at_us=1, route="primary", package="green"),
+    ):
+        write_jsonl(path, [request, switch])
+        assert main(["record", str(path), "--package", "plain", "--ledger", str(prepared)]) == 2
+        assert str(path) in capsys.readouterr().err
+
+
+def test_an_interrupted_run_ends_cleanly_and_is_recorded(prepared: Path, tmp_path: Path) -> None:
+    store = PackageStore(prepared)
+    desk = create_support_desk(tmp_path / "desk", seed=1, packages={"primary": store.resolve("plain")})
+    load = support_desk_workload(1, 6, mean_gap_us=60_000_000)
+
+    def on_sent() -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    recording = asyncio.run(record_workload(load, ledger=prepared, deployment=desk, store=store, on_sent=on_sent))
+    assert recording.stopped
+    assert len(recording.sent) == 1
+    ledger = Ledger(prepared)
+    ledger.drain()
+    types = [event.event_type for event in ledger.events(run_id=recording.run_id)]
+    assert types[-1] == "run.completed"
+    assert types.count("request.terminal") == types.count("request.accepted")
+
+
+def test_every_line_of_a_workload_is_a_valid_envelope() -> None:
+    requests = [
+        *support_desk_workload(3, 20, temperature=0.7).requests,
+        WorkloadRequest(at_us=0, tenant="acme", prompt_tokens=(1, 2), deadline_us=5, route="r", conversation="c"),
+    ]
+    for request in requests:
+        envelope = parse_envelope(json.dumps(envelope_of(request)).encode())
+        assert envelope.tenant == request.tenant
+        assert envelope.task.kind == ("support" if request.question is not None else "completion")
+
+
+def test_a_summary_of_nothing_has_no_silent_zeros() -> None:
+    summary = summarize(Recording(run_id="run_1"), [])
+    assert summary["first_token_us"] == {"p50": None, "p95": None}
+    assert summary["largest_batch"] is None
+
+
+def test_times_per_token_leave_the_first_token_out() -> None:
+    def end(decode_us: int, tokens: int) -> TraceEvent:
+        payload = {"phase": "finished", "decode_us": decode_us}
+        return TraceEvent(
+            event_type="engine.sequence", run_id="r", component="c", ts_us=0, mono_us=0, output_tokens=tokens,
+            payload=payload,
+        )  # fmt: skip
+
+    summary = summarize(Recording(run_id="r"), [end(900, 10), end(50, 1), end(300, 4)])
+    assert summary["per_output_token_us"] == {"p50": 100, "p95": 100}
+    assert quantiles([5, 1, 9, 7]) == {"p50": 5, "p95": 9}
