@@ -21,7 +21,6 @@ from dashboards.parts import (
     callout,
     figure,
     heading,
-    mono,
     section,
     stage_dot,
     table,
@@ -32,8 +31,8 @@ from dashboards.parts import (
 from dashboards.pins import differences
 from dashboards.rows import TokenRow
 from dashboards.story import RequestStory, StageRun, span_rows
-from dashboards.theme import DIVERGED, SAME, WAITING
-from dashboards.words import UNKNOWN, duration, short_digest, short_id, signed_duration, stage_title
+from dashboards.theme import DIVERGED, QUIET, SAME, WAITING
+from dashboards.words import UNKNOWN, duration, short_id, signed_duration, stage_title
 from eval.divergence import Divergence
 from manifests.run import DIMENSIONS
 from traces.stages import REQUEST_STAGES
@@ -49,6 +48,9 @@ LAYER_WORDS = {
     "failure": "They ended differently",
 }
 """Layer of the first divergence to the sentence that says it."""
+
+OWN_STAGES = ("b01", "b04", "b09", "b10")
+"""Stages whose documents name the request itself, so that those of two requests of their own always differ."""
 
 
 def show() -> None:
@@ -187,15 +189,16 @@ def _stages(left: RequestStory, right: RequestStory, found: Divergence) -> None:
     """Put the stages side by side: how each ended, whether it emitted the same, how long it took."""
     section("Stage by stage")
     rows: list[list[str]] = []
+    twins = left.request_ref != right.request_ref
     for description in REQUEST_STAGES:
         pairs = list(zip_longest(left.passes(description.stage), right.passes(description.stage)))
         for place, (one, two) in enumerate(pairs or [(None, None)]):
             first = found.stage == description.stage.value and place == (found.generation or 0)
-            rows.append(_stage_cells(description.stage.value, one, two, first=first))
+            rows.append(_stage_cells(description.stage.value, one, two, first=first, twins=twins))
     table(["Stage", "Left", "Right", "Emitted", "Left took", "Right took", "Difference"], rows, numeric=(4, 5, 6))
 
 
-def _stage_cells(code: str, one: StageRun | None, two: StageRun | None, *, first: bool) -> list[str]:
+def _stage_cells(code: str, one: StageRun | None, two: StageRun | None, *, first: bool, twins: bool) -> list[str]:
     """Return one line of the table; the first divergence is marked."""
     mark = f" {badge('parts here', DIVERGED)}" if first else ""
     known = one is not None and two is not None and one.duration_us is not None and two.duration_us is not None
@@ -204,7 +207,7 @@ def _stage_cells(code: str, one: StageRun | None, two: StageRun | None, *, first
         f"{stage_dot(code)}{escape(stage_title(code))}{mark}",
         _ending(one),
         _ending(two),
-        _emitted(one, two),
+        badge("its own", QUIET) if twins and code in OWN_STAGES else _emitted(one, two),
         duration(one.duration_us if one else None),
         duration(two.duration_us if two else None),
         signed_duration(delta),
@@ -222,8 +225,8 @@ def _emitted(one: StageRun | None, two: StageRun | None) -> str:
         return UNKNOWN
     if one.result_ref == two.result_ref:
         return badge("same", SAME)
-    title = f"{one.result_ref}\n{two.result_ref}"
-    return f"{badge('differs', WAITING)} {mono(short_digest(one.result_ref, 4), title=title)}"
+    title = escape(f"{one.result_ref}\n{two.result_ref}", quote=True)
+    return f'<span title="{title}">{badge("differs", WAITING)}</span>'
 
 
 def _time(left: RequestStory, right: RequestStory) -> None:

@@ -65,6 +65,7 @@ def _choose(found: list[RunRow], verdicts: list[VerdictRow]) -> RunRow:
         on_select="rerun",
         selection_mode="single-row",
         key="runs",
+        placeholder=UNKNOWN,
         column_config={
             "Median": st.column_config.TextColumn(help="Median end-to-end time of the run's requests."),
             "Replay says": st.column_config.TextColumn(help="Verdicts of a replay run, counted."),
@@ -135,6 +136,7 @@ def _requests(path: Path, row: RunRow, requests: list[RequestRow]) -> None:
         on_select="rerun",
         selection_mode="multi-row",
         key=f"requests-{row.run_id}",
+        placeholder=UNKNOWN,
         column_config={
             "At": st.column_config.TextColumn(help="Arrival, counted from the first request of the run."),
             "First token": st.column_config.TextColumn(help="From acceptance to the first generated token."),
