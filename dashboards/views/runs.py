@@ -73,6 +73,7 @@ def _choose(found: list[RunRow], verdicts: list[VerdictRow]) -> RunRow:
     )
     picked = _selected(state)
     if picked and picked[0] < len(found):
+        st.query_params["run"] = found[picked[0]].run_id
         return found[picked[0]]
     asked = places.chosen("run")
     by_address = next((row for row in found if row.run_id == asked), None)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dashboards import ledger as pages_ledger
+from dashboards.conversation import conversation
 from dashboards.engine_view import engines, first_difference, generations, own_steps, step_rows, token_rows
 from dashboards.story import RequestStory, span_rows, tell
 from tests.dashboards.made_up import RUN, request_ref, write_ledger
@@ -79,6 +82,24 @@ def test_first_difference_tells_bits_from_tokens(ledger: Ledger) -> None:
     rows = token_rows(generations(story.sequences, ledger.read_blob), lambda token: None)
     assert first_difference(rows, rows) == (None, None)
     assert first_difference(rows, rows[:5]) == (None, 5)
+
+
+def test_question_and_answer_are_read_in_words(ledger: Ledger) -> None:
+    kept: dict[str | None, bytes] = {
+        "asked": json.dumps({"task": {"kind": "support", "question": "How much?"}}).encode(),
+        "answered": json.dumps(
+            {
+                "result": {"answer": "33 percent."},
+                "citations": [{"source": "P-1"}],
+                "tools": [{"tool": "lookup_account"}],
+            }
+        ).encode(),
+    }
+    story = replace(story_of(ledger, 0), accepted_ref="asked", response_ref="answered")
+    told = conversation(story, kept.__getitem__)
+    assert (told.question, told.answer, told.citations) == ("How much?", "33 percent.", ("P-1",))
+    assert told.tools == ("lookup_account",)
+    assert conversation(replace(story, response_ref=None), kept.__getitem__).answer is None
 
 
 def test_reading_makes_no_ledger(tmp_path: Path) -> None:
