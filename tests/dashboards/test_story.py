@@ -85,6 +85,11 @@ def test_first_difference_tells_bits_from_tokens(ledger: Ledger) -> None:
 
 
 def test_question_and_answer_are_read_in_words(ledger: Ledger) -> None:
+    answered = {
+        "result": {"answer": "33 percent."},
+        "citations": [{"source": "P-1"}],
+        "tools": [{"tool": "lookup_account"}],
+    }
     kept: dict[str | None, bytes] = {
         "asked": json.dumps({"task": {"kind": "support", "question": "How much?"}}).encode(),
         "answered": json.dumps(
