@@ -204,11 +204,11 @@ class _Demo:
 
         where = ["--ledger", str(self.ledger)]
         self.out.print(
-            f"\n[bold]$ replay diff {_short(before)} {_short(after)}[/bold]   one question, both sides"
+            f"\n[bold]$ replay diff {_short(before)} {_short(after)} --brief[/bold]   one question, both sides"
         )
-        replay(["diff", before, after, *where])
-        self.out.print(f"\n[bold]$ replay show {_short(after)}[/bold]")
-        replay(["show", after, *where])
+        replay(["diff", before, after, "--brief", *where])
+        self.out.print(f"\n[bold]$ replay show {_short(after)} --brief[/bold]")
+        replay(["show", after, "--brief", *where])
 
     def _finish(self, after: str) -> None:
         if self.arguments.json:

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLE
     parser.add_argument("left", metavar="A", help="a request, or a run")
     parser.add_argument("right", metavar="B", help="the other one")
+    parser.add_argument("--brief", action="store_true", help="only the first difference and the pins")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             screen.print_json(found)
         else:
-            _print(found)
+            _print(found, brief=arguments.brief)
         return 0 if found["verdict"] in ("exact", "within_tolerance") else 1
     return _runs(ledger, left, right, as_json=arguments.json)
 
@@ -79,13 +80,15 @@ def _runs(ledger: Ledger, left: Target, right: Target, *, as_json: bool) -> int:
     return 0 if all(one["verdict"] in ("exact", "within_tolerance") for one in found) else 1
 
 
-def _print(found: dict[str, Any]) -> None:
+def _print(found: dict[str, Any], *, brief: bool) -> None:
     """Print the comparison of two requests."""
     out = screen.console()
     out.print(f"A  {found['left']['request']} of {found['left']['run']}", soft_wrap=True)
     out.print(f"B  {found['right']['request']} of {found['right']['run']}", soft_wrap=True)
     out.print(screen.verdict_text(found["verdict"]), found["detail"], soft_wrap=True)
     _print_pins(out, found["pins"])
+    if brief:
+        return
     if found["tokens"]:
         out.print("\n[bold]tokens around the first difference[/bold]")
         rows = [

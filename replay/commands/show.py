@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `replay show`."""
     parser.epilog = EXAMPLE
     parser.add_argument("id", metavar="ID", help="a request, or a run to list its requests")
+    parser.add_argument("--brief", action="store_true", help="only question, answer and waterfall")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -37,11 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
         from replay.commands.listing import print_requests
 
         return print_requests(list_requests(ledger, target.run_id), as_json=arguments.json)
-    return show(ledger, target, as_json=arguments.json)
+    return show(ledger, target, as_json=arguments.json, brief=arguments.brief)
 
 
-def show(ledger: Ledger, target: Target, *, as_json: bool) -> int:
-    """Print one request."""
+def show(ledger: Ledger, target: Target, *, as_json: bool, brief: bool = False) -> int:
+    """Print one request; `brief` leaves out generations, tools, pins and the verdict."""
     from replay.portrait import portrait
     from replay.records import load_request
 
@@ -52,6 +53,8 @@ def show(ledger: Ledger, target: Target, *, as_json: bool) -> int:
     out = screen.console()
     _print_head(out, seen)
     _print_waterfall(out, seen)
+    if brief:
+        return 0
     _print_generations(out, seen)
     _print_tools(out, seen)
     _print_pins(out, seen)
