@@ -113,7 +113,9 @@ def _headline(row: RunRow, requests: list[RequestRow]) -> None:
     """Say the run in six numbers."""
     firsts = [one.first_token_us for one in requests if one.first_token_us is not None]
     tokens = sum(one.output_tokens or 0 for one in requests)
-    rate = f"{tokens / row.duration_us * 1_000_000:,.0f}" if row.duration_us else UNKNOWN
+    ends = [one.accepted_us + one.total_us for one in requests if one.total_us is not None]
+    busy = max(ends) - requests[0].accepted_us if ends else 0
+    rate = f"{tokens / busy * 1_000_000:,.0f}" if busy > 0 else UNKNOWN
     facts(
         [
             ("requests", f"{row.requests:,}", None),
@@ -122,7 +124,7 @@ def _headline(row: RunRow, requests: list[RequestRow]) -> None:
             ("95th percentile", duration(row.p95_us), None),
             ("median to first token", duration(percentile(firsts, 0.5)) if firsts else UNKNOWN, "TTFT"),
             ("output tokens a second", rate, None),
-            ("lasted", duration(row.duration_us), None),
+            ("first arrival to last answer", duration(busy or None), None),
         ]
     )
 
@@ -131,7 +133,7 @@ def _requests(path: Path, row: RunRow, requests: list[RequestRow]) -> None:
     """List the requests; one opens, two compare."""
     verdicts = ledger.verdicts(path)
     state = st.dataframe(
-        [_request_cells(row, one, verdicts) for one in requests],
+        [_request_cells(row, one, verdicts, since_us=requests[0].accepted_us) for one in requests],
         hide_index=True,
         height="content" if len(requests) <= 2 * ROWS_SHOWN else ROW_HEIGHT * (2 * ROWS_SHOWN + 1),
         on_select="rerun",
@@ -156,13 +158,13 @@ def _requests(path: Path, row: RunRow, requests: list[RequestRow]) -> None:
             st.caption("Tick one request to open it, two to compare them.")
 
 
-def _request_cells(row: RunRow, one: RequestRow, verdicts: list[VerdictRow]) -> dict[str, Any]:
+def _request_cells(row: RunRow, one: RequestRow, verdicts: list[VerdictRow], *, since_us: int) -> dict[str, Any]:
     said = [verdict for verdict in verdicts if verdict.request_ref == one.request_ref]
     own = [verdict for verdict in said if verdict.run_id == row.run_id] if row.kind == "replay" else said
     words = list(dict.fromkeys(f"{verdict.mode or 'replay'}: {verdict.verdict.replace('_', ' ')}" for verdict in own))
     return {
         "Request": short_id(one.request_ref),
-        "At": duration(one.accepted_us - row.started_us),
+        "At": duration(one.accepted_us - since_us),
         "Status": _status(one),
         "Replays": ", ".join(words) or UNKNOWN,
         "End to end": duration(one.total_us),

@@ -92,13 +92,7 @@ def test_question_and_answer_are_read_in_words(ledger: Ledger) -> None:
     }
     kept: dict[str | None, bytes] = {
         "asked": json.dumps({"task": {"kind": "support", "question": "How much?"}}).encode(),
-        "answered": json.dumps(
-            {
-                "result": {"answer": "33 percent."},
-                "citations": [{"source": "P-1"}],
-                "tools": [{"tool": "lookup_account"}],
-            }
-        ).encode(),
+        "answered": json.dumps(answered).encode(),
     }
     story = replace(story_of(ledger, 0), accepted_ref="asked", response_ref="answered")
     told = conversation(story, kept.__getitem__)
