@@ -1,4 +1,4 @@
-"""How does an experiment come by a prepared package?  The nine stages, recorded as a run of their own."""
+"""Which model and which package does an experiment run?"""
 
 from __future__ import annotations
 
@@ -41,31 +41,15 @@ def prepare_package(
         on_stage: called after each of the nine stages.
     Raises ClassifiedError with class and stage when the model or the backend refuses.
     """
-    from uuid_utils import uuid7
-
     from runtime.backends.protocol import BuildOptions
-    from runtime.prepare.pipeline import prepare
-    from runtime.prepare.store import PackageStore
-    from traces.recorder import Recorder
+    from runtime.prepare.recorded import prepare_recorded
 
-    options = BuildOptions(precision=precision, threads=threads, flags=dict(flags or {}))
-    store = PackageStore(ledger)
-    with Recorder(ledger, run_id=f"run_{uuid7().hex}", component="prepare") as recorder:
-        started = {"kind": "preparation", "model": model.resolve().name, "backend": backend}
-        recorder.commit("run.started", payload=started, track="A")
-        status = "error"
-        try:
-            prepared = prepare(
-                model,
-                backend=backend,
-                store=store,
-                recorder=recorder,
-                options=options,
-                on_finish=lambda report: on_stage(),
-            )
-            status = "ok"
-        finally:
-            recorder.commit("run.completed", payload={}, track="A", status=status)
-    if name is not None:
-        store.set_alias(name, prepared.digest)
-    return prepared
+    return prepare_recorded(
+        model,
+        backend=backend,
+        options=BuildOptions(precision=precision, threads=threads, flags=dict(flags or {})),
+        ledger=ledger,
+        name=name,
+        component="experiment",
+        on_finish=lambda report: on_stage(),
+    )

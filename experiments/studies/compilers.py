@@ -72,31 +72,17 @@ class CompilerStudy:
 
     def _package(self, cell: Cell, store: PackageStore) -> str:
         """Return the digest of the cell's package: one prepared by a study before, or a new one."""
+        from experiments.packages import prepare_package
         from runtime.models.loader import load_checkpoint
-        from runtime.prepare.pipeline import prepare
-        from traces.recorder import Recorder
 
         source = load_checkpoint(self.model).digest
         alias = f"study-{cell.backend}-{cell.precision}-{source.removeprefix('sha256:')[:12]}"
         known = store.aliases().get(alias)
         if known is not None and known in store.digests():
             return known
-        with Recorder(self.ledger, run_id=_fresh_run(), component="study") as recorder:
-            started = {"kind": "preparation", "model": self.model.name}
-            recorder.commit(
-                "run.started",
-                payload=started | {"backend": cell.backend, "precision": cell.precision},
-                track="A",
-            )
-            try:
-                prepared = prepare(
-                    self.model, backend=cell.backend, precision=cell.precision, store=store, recorder=recorder
-                )
-            except BaseException:
-                recorder.commit("run.completed", track="A", status="error")
-                raise
-            recorder.commit("run.completed", payload={"package": prepared.digest}, track="A", status="ok")
-        store.set_alias(alias, prepared.digest)
+        prepared = prepare_package(
+            self.model, backend=cell.backend, precision=cell.precision, ledger=self.ledger, name=alias
+        )
         return prepared.digest
 
     def _record(self, cell: Cell, store: PackageStore, package: str) -> Recording:
@@ -227,9 +213,3 @@ def batch_sizes(most: int) -> tuple[int, ...]:
 
 def _documents(ledger: Ledger, reference: str) -> Mapping[str, Mapping[str, Any]]:
     return json.loads(ledger.read_blob(reference))
-
-
-def _fresh_run() -> str:
-    from uuid_utils import uuid7
-
-    return f"run_{uuid7().hex}"

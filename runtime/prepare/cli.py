@@ -86,46 +86,27 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace, console: Console) -> tuple[PreparedPackage, dict[str, Any] | None]:
-    from uuid_utils import uuid7
-
     from runtime.prepare.compare import compare_rebuild
-    from runtime.prepare.pipeline import prepare
+    from runtime.prepare.recorded import prepare_recorded
     from runtime.prepare.store import PackageStore
     from runtime.prepare.table import StageProgress
     from traces.ledger.layout import default_ledger
-    from traces.recorder import Recorder
 
     ledger: Path = arguments.ledger or default_ledger()
     store = PackageStore(ledger)
     options = _options(arguments, store)
     before = store.preparation(arguments.like) if arguments.like else None
-    with Recorder(ledger, run_id=f"run_{uuid7().hex}", component="prepare") as recorder:
-        started = {"kind": "preparation", "model": arguments.model.resolve().name, "backend": arguments.backend}
-        recorder.commit("run.started", payload=started, track="A")
-        try:
-            with StageProgress(console) as progress:
-                prepared = prepare(
-                    arguments.model,
-                    backend=arguments.backend,
-                    store=store,
-                    recorder=recorder,
-                    options=options,
-                    on_start=progress.started,
-                    on_finish=progress.finished,
-                )
-            if arguments.name:
-                store.set_alias(arguments.name, prepared.digest)
-        except BaseException as error:
-            recorder.commit("run.completed", payload={"error": type(error).__name__}, track="A", status="error")
-            raise
-        recorder.commit(
-            "run.completed",
-            payload={"package": prepared.digest},
-            track="A",
-            status="ok",
-            result_ref=recorder.put_blob(prepared.preparation.canonical()),
+    with StageProgress(console) as progress:
+        prepared = prepare_recorded(
+            arguments.model,
+            backend=arguments.backend,
+            options=options,
+            ledger=ledger,
+            name=arguments.name,
+            on_start=progress.started,
+            on_finish=progress.finished,
         )
-        return prepared, compare_rebuild(store, arguments.like, before, prepared.preparation)
+    return prepared, compare_rebuild(store, arguments.like, before, prepared.preparation)
 
 
 def _options(arguments: argparse.Namespace, store: PackageStore) -> BuildOptions:

@@ -48,7 +48,7 @@ def test_the_digest_changes_with_every_field(pair: tuple[Manifest, Manifest]) ->
 
 def test_two_kinds_of_document_never_share_a_digest() -> None:
     kinds = [subclass.model_fields["document"].default for subclass in Manifest.__subclasses__()]
-    assert len(set(kinds)) == len(kinds) == 11
+    assert len(set(kinds)) == len(kinds) >= 11
 
 
 def _hardware(**changes: Any) -> HardwareManifest:

@@ -40,9 +40,7 @@ def _in_chunks(decoder: Decoder, tokens: Tensor, chunks: list[int]) -> Tensor:
         lengths = torch.full((batch,), start)
         slots = own[:, : max(start, 1) + 2]  # wider than needed: only context_lengths may count
         with torch.no_grad():
-            logits, new_k, new_v = decoder(
-                tokens[:, start : start + size], positions, k_pool, v_pool, slots, lengths
-            )
+            logits, new_k, new_v = decoder(tokens[:, start : start + size], positions, k_pool, v_pool, slots, lengths)
         out.append(logits)
         for layer in range(config.num_layers):
             rows = own[:, start : start + size] + layer * SLOTS

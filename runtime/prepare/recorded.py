@@ -1,0 +1,73 @@
+"""How is a preparation left in the ledger?  The nine stages as a run of their own, with a beginning and an end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from uuid_utils import uuid7
+
+from runtime.backends.protocol import BuildOptions
+from runtime.prepare.pipeline import PreparedPackage, prepare
+from runtime.prepare.stage import StageReport
+from runtime.prepare.store import PackageStore
+from traces.recorder import Recorder
+from traces.stages import Stage
+
+
+def prepare_recorded(
+    model: Path,
+    *,
+    backend: str,
+    options: BuildOptions,
+    ledger: Path,
+    name: str | None = None,
+    component: str = "prepare",
+    on_start: Callable[[Stage], None] = lambda stage: None,
+    on_finish: Callable[[StageReport], None] = lambda report: None,
+) -> PreparedPackage:
+    """Take `model` through the nine stages into the ledger's store, recorded as a run of kind preparation.
+
+    Args:
+        model: a checkpoint folder.
+        backend: eager, onnxruntime or inductor.
+        options: precision, flags, bounds, threads.
+        ledger: takes the recording, and the package into its store.
+        name: an alias, set once the package is ready.
+        component: who asked, for the record.
+        on_start: called before each stage.
+        on_finish: called after each stage.
+    Raises ClassifiedError with class and stage when the model or the backend refuses.
+    """
+    store = PackageStore(ledger)
+    started = {
+        "kind": "preparation",
+        "model": model.resolve().name,
+        "backend": backend,
+        "precision": options.precision,
+    }
+    with Recorder(ledger, run_id=f"run_{uuid7().hex}", component=component) as recorder:
+        recorder.commit("run.started", payload=started, track="A")
+        try:
+            prepared = prepare(
+                model,
+                backend=backend,
+                store=store,
+                recorder=recorder,
+                options=options,
+                on_start=on_start,
+                on_finish=on_finish,
+            )
+            if name is not None:
+                store.set_alias(name, prepared.digest)
+        except BaseException as error:
+            recorder.commit("run.completed", payload={"error": type(error).__name__}, track="A", status="error")
+            raise
+        recorder.commit(
+            "run.completed",
+            payload={"package": prepared.digest},
+            track="A",
+            status="ok",
+            result_ref=recorder.put_blob(prepared.preparation.canonical()),
+        )
+    return prepared
