@@ -66,11 +66,12 @@ def run(arguments: argparse.Namespace) -> int:
         return _run(arguments)
     except (ClassifiedError, ManifestError) as error:
         fix = error.fix
+        message = error.message if isinstance(error, ClassifiedError) else str(error)
         if arguments.json:
-            print(json.dumps({"error": {"message": str(error), "fix": fix}}, indent=2))
+            print(json.dumps({"error": {"message": message, "fix": fix}}, indent=2))
         else:
-            print(f"error: {error}", file=sys.stderr)
-            if fix and fix not in str(error):
+            print(f"error: {message}", file=sys.stderr)
+            if fix and fix not in message:
                 print(f"  fix: {fix}", file=sys.stderr)
         refusals = (FailureClass.VALIDATION_POLICY, FailureClass.ARTIFACT_COMPATIBILITY)
         return 2 if isinstance(error, ManifestError) or error.failure_class in refusals else 3

@@ -89,12 +89,13 @@ def _report(error: Exception, *, as_json: bool) -> int:
         error.failure_class in (FailureClass.VALIDATION_POLICY, FailureClass.ARTIFACT_COMPATIBILITY)
     )
     fix = error.fix
+    message = error.message if isinstance(error, ClassifiedError) else str(error)
     if as_json:
-        body = {"message": str(error), "fix": fix, "error_type": getattr(error, "error_type", "pin_refused")}
+        body = {"message": message, "fix": fix, "error_type": getattr(error, "error_type", "pin_refused")}
         print(json.dumps({"error": body}, indent=2))
     else:
-        print(f"error: {error}", file=sys.stderr)
-        if fix and fix not in str(error):
+        print(f"error: {message}", file=sys.stderr)
+        if fix and fix not in message:
             print(f"  fix: {fix}", file=sys.stderr)
     return 2 if refused else 3
 

@@ -54,7 +54,7 @@ class Models:
             except ClassifiedError as error:
                 if error.failure_class is not FailureClass.ARTIFACT_COMPATIBILITY:
                     raise
-                raise PinRefused(str(error), pin="artifact.package_digest", fix=error.fix) from error
+                raise PinRefused(error.message, pin="artifact.package_digest", fix=error.fix) from error
         return self._loaded[package]
 
     def text_only(self, package: str, pins: Pins) -> TextModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from manifests.artifact import ArtifactManifest
 from manifests.compiler import CompilerManifest
@@ -21,12 +22,24 @@ class Candidate:
     compiler: CompilerManifest
 
 
-@dataclass(frozen=True, kw_only=True)
+class Preparing(Protocol):
+    """Prepares a package of a model as asked, or gives None when it has not got the model."""
+
+    def __call__(
+        self, *, model_digest: str, wanted: CompilerManifest, asked: Sequence[Substitution]
+    ) -> Candidate | None: ...
+
+
+@dataclass(kw_only=True)
 class PackageChoice:
-    """Chooses the package for a request: the recorded one unless a substitution asks for another."""
+    """Chooses the package for a request: the recorded one unless a substitution asks for another.
+
+    prepare  makes a package that is asked for and not there; it joins the candidates
+    """
 
     substitutions: tuple[Substitution, ...] = ()
     candidates: tuple[Candidate, ...] = ()
+    prepare: Preparing | None = None
 
     @property
     def changes(self) -> bool:
@@ -49,6 +62,11 @@ class PackageChoice:
             for one in self.candidates
             if one.artifact.model_digest == base.artifact.model_digest and _has(one.compiler, wanted, asked)
         ]
+        if not fitting and self.prepare is not None:
+            made = self.prepare(model_digest=base.artifact.model_digest, wanted=wanted, asked=asked)
+            if made is not None and _has(made.compiler, wanted, asked):
+                self.candidates += (made,)
+                fitting = [made]
         if not fitting:
             raise PinRefused(
                 f"no prepared package of this model has {', '.join(one.setting for one in asked)}",
@@ -83,7 +101,10 @@ def _has(compiler: CompilerManifest, wanted: CompilerManifest, asked: Sequence[S
 def _value(compiler: CompilerManifest, pin: str) -> object:
     _, field, *key = pin.split(".", 2)
     value = getattr(compiler, field)
-    return value.get(key[0]) if key else value
+    if not key:
+        return value
+    # a backend writes its session's options under a prefix that a caller need not give
+    return value.get(key[0], value.get(f"session.{key[0]}"))
 
 
 def _distance(compiler: CompilerManifest, wanted: CompilerManifest) -> int:

@@ -151,7 +151,7 @@ class _Passage:
             if task is not None and task.cancelling():
                 raise  # the replay itself is being stopped, not the replayed caller
         if self._obstacles:
-            raise IncompleteRecord(str(self._obstacles[0]), missing="record.engine_step", fix=self._obstacles[0].fix)
+            raise IncompleteRecord(self._obstacles[0].message, missing="record.engine_step", fix=self._obstacles[0].fix)
         self._record_generations()
 
     def record(self) -> RequestRecord:

@@ -67,7 +67,7 @@ class _Slices:
                 for life in lives:
                     schedule.needs(life, own=life.sequence)
             except ClassifiedError as error:
-                missing.append(str(error))
+                missing.append(error.message)
                 continue
             ran = {placed.step for life in lives for placed in life.rows}
             lost = [] if sequence.result is None else sorted(set(sequence.result.steps) - ran)
@@ -92,5 +92,5 @@ def _fault(store: PackageStore, package: str) -> str | None:
     try:
         check_envelope(store.verify(package), package)
     except ClassifiedError as error:
-        return str(error)
+        return error.message
     return None

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from replay.errors import IncompleteRecord, PinRefused, ReplayRefused
@@ -74,6 +75,7 @@ def make_player(
     from replay.models import Models, candidates
     from replay.packages import PackageChoice
     from replay.player import Player, Setting
+    from replay.preparing import prepare_missing
     from replay.worlds import substitutes_of
     from runtime.probe import probe
     from runtime.serve.deployment import DeploymentDocument
@@ -101,7 +103,11 @@ def make_player(
             models=models,
             plans=plans,
             hardware=probe(threads=threads),
-            packages=PackageChoice(substitutions=chosen, candidates=candidates(job.ledger) if wants_package else ()),
+            packages=PackageChoice(
+                substitutions=chosen,
+                candidates=candidates(job.ledger) if wants_package else (),
+                prepare=partial(prepare_missing, job.ledger),
+            ),
             mode=job.mode,
             substitutes=substitutes_of(chosen),
         )
@@ -168,7 +174,7 @@ def _without_comparison(error: ClassifiedError, run_id: str, reference: str, chi
             "reason": error.error_type,
             "fix": error.fix,
         },
-        detail=str(error),
+        detail=error.message,
     )
 
 

@@ -79,7 +79,7 @@ def _print_refusal(arguments: argparse.Namespace, target: Target, refusal: PinRe
         refused_pin=refusal.pin,
         original={"run": target.run_id, "request": target.request_ref},
         replay={"run": None, "status": "refused", "error_type": refusal.error_type, "fix": refusal.fix},
-        detail=str(refusal),
+        detail=refusal.message,
     )
     if arguments.json:
         screen.print_json(verdict.to_document())
@@ -148,7 +148,8 @@ def _print_one(verdict: ReplayVerdict) -> None:
     for change in verdict.pins_changed:
         mark = "set" if change.get("set") else "follows"
         mark += ", can explain this" if change["pin"] in verdict.suspects else ""
-        out.print(f"  {mark}: {change['pin']}  {change['original']} -> {change['replay']}", soft_wrap=True)
+        values = f"{_short(change['original'])} -> {_short(change['replay'])}"
+        out.print(f"  {mark}: {change['pin']}  {values}", soft_wrap=True, markup=False)
     if verdict.replay.get("fix"):
         out.print(f"  fix: {verdict.replay['fix']}", soft_wrap=True)
     rows = [
@@ -190,6 +191,11 @@ def _print_many(done: list[Done], mode: str) -> None:
 def _brief(value: Any) -> str:
     text = "" if value is None else str(value)
     return text[:23] if text.startswith("sha256:") else text
+
+
+def _short(value: Any) -> str:
+    text = _brief(value) or "none"
+    return text if len(text) <= 48 else f"{text[:45]}..."
 
 
 def _repeat(text: str) -> int:
