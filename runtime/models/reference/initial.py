@@ -8,6 +8,8 @@ are then trained as usual.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -17,31 +19,54 @@ EMBEDDING_DEVIATION = 0.05
 CONSTANT_WIDTH = 16  # dimensions that hold the same value for every token, so that heads can ask for positions alone
 CONSTANT = 0.06
 FINAL_GAIN = 0.25  # keeps the first logits small although input and output embeddings are tied
-SHARPNESS = 7.0  # amplitude of the positional queries and keys
-NEAR = 4  # the fastest rotations, which tell neighbours apart
 FAR = 7  # the slowest rotations, which hardly turn within a prompt and so compare content
-MATCH = 2.5
+MATCH = 2.0
 COPY = 1.0
-DISTANCES = (1, 1, 1, 1, 2, 2, 3, 0)  # what each head of the first layer looks back by
-INDUCTION_HEADS = 4  # they follow the first layer's heads of distance 1
+INDUCTION_HEADS = 4  # in each of the second and third layer
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a head of the first layer looks back by: a distance in tokens, told by rotations `start` to `stop`.
+
+    Fast rotations with a large amplitude single out one token; slower ones with a small amplitude cover some ten.
+    """
+
+    distance: int
+    start: int
+    stop: int
+    amplitude: float
+    strength: float
+
+
+def _token(distance: int) -> Look:
+    return Look(distance, 0, 4, 7.0, 1.0)
+
+
+def _window(distance: int) -> Look:
+    return Look(distance, 2, 6, 3.0, 2.0)
+
+
+LOOKS = (_token(1), _token(1), _token(2), _token(2), _token(3), _token(3), _window(4), _window(8))
+GROUPS = 2  # heads that look back by one token read two different parts of it; so do those for two and three
 
 
 def _orthonormal(size: int) -> Tensor:
     return torch.linalg.qr(torch.randn(size, size))[0]
 
 
-def _look_back(query: Tensor, key: Tensor, *, distance: int, shape: Shape) -> None:
-    """Make one head's rows [head_size, width] attend to the token `distance` before, whatever the tokens are."""
+def _look_back(query: Tensor, key: Tensor, *, look: Look, shape: Shape) -> None:
+    """Make one head's rows [head_size, width] attend to a distance, whatever the tokens are."""
     half = query.shape[0] // 2
     constant = torch.zeros(query.shape[1])
     constant[-CONSTANT_WIDTH:] = 1.0
     content = EMBEDDING_DEVIATION * (shape.hidden_size - CONSTANT_WIDTH) ** 0.5
     seen = shape.hidden_size**0.5 * CONSTANT / (content**2 + CONSTANT**2 * CONSTANT_WIDTH) ** 0.5
-    direction = constant * SHARPNESS / (seen * CONSTANT_WIDTH)
+    direction = constant * look.amplitude / (seen * CONSTANT_WIDTH)
     query.zero_()
     key.zero_()
-    for index in range(NEAR):
-        angle = torch.tensor(distance * shape.rope_theta ** (-index / half))
+    for index in range(look.start, look.stop):
+        angle = torch.tensor(look.distance * shape.rope_theta ** (-index / half))
         key[index] = direction
         query[index] = direction * angle.cos()
         query[half + index] = -direction * angle.sin()
@@ -63,21 +88,25 @@ def initialize(network: Network) -> None:
     network.model.norm.weight.fill_(FINAL_GAIN)
     read, write = _orthonormal(width), _orthonormal(width)
     first = network.attention(0)
-    for head, distance in enumerate(DISTANCES):
+    for head, look in enumerate(LOOKS):
         rows = slice(head * size, (head + 1) * size)
-        _look_back(first.q_proj.weight[rows], first.k_proj.weight[rows], distance=distance, shape=shape)
-        first.v_proj.weight[rows] = read[rows]
-        first.o_proj.weight[:, rows] = EMBEDDING_DEVIATION * write[rows].T
+        _look_back(first.q_proj.weight[rows], first.k_proj.weight[rows], look=look, shape=shape)
+        part = head % GROUPS if head < len(LOOKS) - GROUPS else head
+        first.v_proj.weight[rows] = read[part * size : (part + 1) * size]
+        first.o_proj.weight[:, rows] = look.strength * EMBEDDING_DEVIATION * write[rows].T
     slow = [*range(half - FAR, half), *range(size - FAR, size)]
     for layer in (1, 2):
         attention, copied = network.attention(layer), _orthonormal(width)
         for head in range(INDUCTION_HEADS):
             rows = slice(head * size, (head + 1) * size)
-            compared = [head * size + (index + 16 * layer) % size for index in range(len(slow))]
+            offset = (head // 2 + 2 * (layer - 1)) * size // 4
+            dims = [(offset + index) % size for index in range(len(slow))]
+            seen = [[(head % GROUPS + GROUPS * back) * size + dim for dim in dims] for back in range(3)]
             query, key = attention.q_proj.weight[rows], attention.k_proj.weight[rows]
             query.zero_()
             key.zero_()
-            query[slow] = MATCH * read[compared]
-            key[slow] = MATCH * write[compared]
+            # the present token and its two predecessors should be the three predecessors of the token to copy
+            query[slow] = MATCH * (read[seen[0]] + write[seen[0]] + write[seen[1]])
+            key[slow] = MATCH * (write[seen[0]] + write[seen[1]] + write[seen[2]])
             attention.v_proj.weight[rows] = copied[rows]
             attention.o_proj.weight[:, rows] = COPY * EMBEDDING_DEVIATION * copied[rows].T

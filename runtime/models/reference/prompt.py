@@ -28,6 +28,11 @@ def plain(text: str) -> str:
     return text.replace("<|", "< |")
 
 
+def cited(text: str, source: str) -> str:
+    """Return an article as an answer would cite it: text and identifier stand as near to one another as they will."""
+    return f'{text}","sources":["{source}"]}}'
+
+
 def render(
     *,
     articles: Sequence[tuple[str, str]],
@@ -42,7 +47,7 @@ def render(
     were already exchanged. The prompt ends where the model is to continue; its output ends with END.
     """
     parts = [BEGIN]
-    parts += [f"{POLICY}{plain(text)} [{plain(identity)}]" for identity, text in articles]
+    parts += [POLICY + plain(cited(text, identity)) for identity, text in articles]
     parts += [f"{ACCOUNT}{plain(record)}" for record in account_records]
     parts += [USER, plain(question), ASSISTANT]
     for call, result in turns:

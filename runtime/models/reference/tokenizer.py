@@ -16,7 +16,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from runtime.models.reference import prompt, task
 
 VOCABULARY = 768
-PIECES = r"\.| ?\p{L}+|\p{N}{1,2}|[^\s\p{L}\p{N}.]+|\s"
+PIECES = r"""\.","sources":\["[PAT]-|\.| ?\p{L}+|\p{N}{1,2}|[^\s\p{L}\p{N}.]+|\s"""
+"""From an answer's last word to its source's number is one piece, so that a short look back finds what is cited."""
 
 
 def _texts(seed: int, count: int) -> Iterator[str]:
@@ -26,7 +27,7 @@ def _texts(seed: int, count: int) -> Iterator[str]:
             yield f"{pair:02d}"
     for _ in range(count):
         drawn = task.example(rng, "training")
-        yield from (text for _, text in drawn.articles)
+        yield from (prompt.cited(text, identity) for identity, text in drawn.articles)
         yield from drawn.account_records
         yield drawn.question
         yield from drawn.outputs

@@ -1,6 +1,6 @@
 """How was the reference model trained, and how is it trained again?
 
-    python -m runtime.models.reference.train --minutes 68 --output FOLDER
+    python -m runtime.models.reference.train --minutes 36 --output FOLDER
 
 One thread of a CPU is enough. The learning rate's schedule follows the clock, so a second training reaches the same
 accuracy only statistically, not the same weights.
@@ -39,17 +39,17 @@ class Recipe:
     minutes: float
     seed: int = 0
     batch: int = 48
-    matrix_rate: float = 0.02
-    vector_rate: float = 0.003
+    matrix_rate: float = 0.015
+    vector_rate: float = 0.0025
     momentum: float = 0.95
     decay: float = 0.01
     warmup_steps: int = 60
     constant_until: float = 0.35
-    copying_first: float = 0.7
+    copying_first: float = 0.5
     copying_later: float = 0.1
     copying_first_until: float = 0.03
     copying_later_from: float = 0.1
-    checkpoint_minutes: float = 5.0
+    checkpoint_minutes: float = 2.0
 
     def scale(self, step: int, done: float) -> float:
         """Return the scale of the learning rates: warm-up, constant, then linear to near zero by the clock."""
@@ -163,7 +163,7 @@ class Training:
 def main() -> None:
     """Train from the command line."""
     parser = argparse.ArgumentParser(description="Train the reference model on generated support questions.")
-    parser.add_argument("--minutes", type=float, default=68.0, help="wall-clock length of the training")
+    parser.add_argument("--minutes", type=float, default=36.0, help="wall-clock length of the training")
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, default=None, help="folder with weights to start from")

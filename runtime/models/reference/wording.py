@@ -37,7 +37,7 @@ POLICIES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "return": (
-        "Returns of {p} are accepted for {n} days.",
+        "Returns are accepted for {p} within {n} days.",
         (
             "Until when are returns of {p} accepted?",
             "How long are returns of {p} possible?",
@@ -61,7 +61,7 @@ POLICIES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "discount": (
-        "Members get a discount of {n} percent on {p}.",
+        "Members get a discount on {p} of {n} percent.",
         (
             "What discount do members get on {p}?",
             "How high is the discount on {p}?",
@@ -69,7 +69,7 @@ POLICIES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "limit": (
-        "The limit for {p} is {n} in one order.",
+        "The limit for {p} is {n} pieces.",
         (
             "What is the limit for {p}?",
             "How many {p} are the limit?",
@@ -93,7 +93,7 @@ POLICIES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "exchange": (
-        "Exchanges of {p} are possible for {n} weeks.",
+        "Exchanges are possible for {p} within {n} weeks.",
         (
             "How long are exchanges of {p} possible?",
             "Until when can I ask for exchanges of {p}?",

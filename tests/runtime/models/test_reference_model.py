@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from runtime.models.reference import evaluate, task
 
 FOLDER = Path(evaluate.__file__).parent
 LARGEST = 12_000_000  # bytes
-# the card's shares, less what a sample of this size may be below them
-LEAST_CALLS, LEAST_ANSWERS = 0.80, 0.35
+# the card's shares of calls and answers, less what a sample of forty questions may be below them
+DRAWN, RETRIEVED = (0.70, 0.88), (0.95, 0.93)
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +34,14 @@ def test_tokenizer_is_that_of_the_card() -> None:
     assert hashlib.sha256(tokenizer).hexdigest() in (FOLDER / "MODEL_CARD.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("draw", [evaluate.drawn_examples, evaluate.desk_examples])
-def test_held_out_sample_reaches_the_card(writer: evaluate.Writer, draw: object) -> None:
-    assert callable(draw)
+@pytest.mark.parametrize(("draw", "least"), [(evaluate.drawn_examples, DRAWN), (evaluate.desk_examples, RETRIEVED)])
+def test_held_out_sample_reaches_the_card(
+    writer: evaluate.Writer, draw: Callable[[int, int], list[task.Example]], least: tuple[float, float]
+) -> None:
     shares, _ = evaluate.score(writer, draw(1, 40))
-    for measure, least in (("tool call", LEAST_CALLS), ("cited answer", LEAST_ANSWERS)):
+    for measure, share in zip(("tool call", "cited answer"), least, strict=True):
         right, total = shares[measure]
-        assert right >= least * total, f"{measure}: {right} of {total}"
+        assert right >= share * total, f"{measure}: {right} of {total}"
 
 
 def test_cached_logits_equal_those_of_the_training_forward(writer: evaluate.Writer) -> None:
