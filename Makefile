@@ -38,7 +38,7 @@ check: .venv/ready
 	$(BIN)/python -m pytest -q tests/architecture
 
 bench: .venv/ready
-	$(BIN)/python -m pytest -q tests/bench --benchmark-enable -s
+	$(BIN)/python -m pytest -q tests/bench -m "" --benchmark-enable -s
 
 trials: .venv/ready
 	$(BIN)/python -m pytest -q -m slow --timeout 7200

@@ -204,7 +204,8 @@ class _Demo:
 
         where = ["--ledger", str(self.ledger)]
         self.out.print(
-            f"\n[bold]$ replay diff {_short(before)} {_short(after)} --brief[/bold]   one question, both sides"
+            f"\n[bold]$ replay diff {_short(before)} {_short(after)} --brief[/bold]   one question, both sides",
+            soft_wrap=True,
         )
         replay(["diff", before, after, "--brief", *where])
         self.out.print(f"\n[bold]$ replay show {_short(after)} --brief[/bold]")
