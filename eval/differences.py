@@ -121,7 +121,8 @@ def _around(left: GenerationRecord, right: GenerationRecord, index: int) -> dict
 
 
 def _tool(left: ToolCallRecord, right: ToolCallRecord, ordinal: int) -> Iterator[Difference]:
-    for what in ("name", "arguments_digest", "decision", "side_effect", "result_digest"):
+    # a tool may be read before the decision on it is made: then another result is the cause and the decision follows
+    for what in ("name", "arguments_digest", "result_digest", "decision", "side_effect"):
         expected, actual = getattr(left, what), getattr(right, what)
         if what in ("name", "side_effect", "decision") and expected == actual:
             continue

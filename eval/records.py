@@ -72,6 +72,7 @@ class ToolCallRecord:
     name: str
     arguments_digest: str | None = None
     result_digest: str | None = None
+    """Of all that the tool answered, readings before the decision included; None when it was not called."""
     decision: str | None = None
     """allow, deny, ..."""
     side_effect: str = "none"
