@@ -63,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `replaylab demo`."""
     parser.epilog = EXAMPLE
     parser.add_argument("--backend", default="eager", help="eager or inductor (default: %(default)s)")
-    parser.add_argument("--requests", type=int, default=48, metavar="N", help="support requests (default: %(default)s)")
+    parser.add_argument(
+        "--requests", type=_count, default=48, metavar="N", help="support requests (default: %(default)s)"
+    )
     parser.add_argument(
         "--seed", type=int, default=0, help="of articles, accounts and questions (default: %(default)s)"
     )
@@ -78,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the demo; returns the exit code."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threads are a pin
     from manifests.errors import ManifestError
-    from traces.failures import ClassifiedError
+    from traces.failures import ClassifiedError, FailureClass
 
     try:
         return _Demo(arguments).run()
@@ -86,7 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         if error.fix and error.fix not in str(error):
             print(f"  fix: {error.fix}", file=sys.stderr)
-        return 2 if isinstance(error, ManifestError) else 3
+        refusals = (FailureClass.VALIDATION_POLICY, FailureClass.ARTIFACT_COMPATIBILITY)
+        return 2 if isinstance(error, ManifestError) or error.failure_class in refusals else 3
 
 
 class _Demo:
@@ -261,6 +264,14 @@ def _same_question(recording: Recording) -> tuple[str, str]:
     asked = [sent for sent in recording.sent if sent.answer and sent.request.question == first.question]
     references = [str(sent.answer.outcome.response["request"]) for sent in asked if sent.answer]
     return references[0], references[-1]
+
+
+def _count(text: str) -> int:
+    """Read the number of requests: one on either side of the switch at least."""
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError("the switch needs a request on either side: give 2 or more")
+    return value
 
 
 def _short(identity: str) -> str:

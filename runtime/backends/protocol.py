@@ -220,14 +220,14 @@ class Backend(Protocol):
 def require(backend: str, table: Mapping[str, Ability], name: str) -> None:
     """Refuse what the abilities table does not support, with its reason."""
     cell = table.get(name)
+    offered = [other for other in ("float32", "bfloat16") if table[other].support is Support.SUPPORTED]
     if cell is None:
         raise BackendRefused(
-            f"{backend} knows no ability {name!r}",
-            fix=f"choose one of {', '.join(table)}",
+            f"{backend} knows no {name!r}",
+            fix=f"choose a precision it runs: {' or '.join(offered)}",
             evidence={"backend": backend, "ability": name, "support": "unknown"},
         )
     if cell.support is not Support.SUPPORTED:
-        offered = [other for other in ("float32", "bfloat16") if table[other].support is Support.SUPPORTED]
         raise BackendRefused(
             f"{backend} does not offer {name}: {cell.reason}",
             fix=f"use another backend, or precision {' or '.join(offered)} on this one",

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 1 if rebuilt and not rebuilt["equal"] else 0
     from runtime.prepare.table import stage_table
 
-    out = Console()
+    out = Console(width=None if sys.stdout.isatty() else 110)
     out.print(stage_table(prepared.reports))
     name = f"  ({arguments.name})" if arguments.name else ""
     out.print(f"ready: [bold]{prepared.digest}[/bold]{name}", soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,30 +22,37 @@ exit codes: 0 done (verify: all intact; compare: equal), 1 something differs or 
 """
 
 
+# action -> (how many packages it takes, one line for the listing)
+ACTIONS: dict[str, tuple[int | str, str]] = {
+    "list": (0, "Say what is in the store."),
+    "show": (1, "Show one package: manifest and baseline."),
+    "verify": ("*", "Check every digest and signature, of all packages unless some are named."),
+    "compare": (2, "Name the first stage at which two packages differ."),
+}
+WIDTH = 140  # of tables that are not written to a terminal
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.epilog = EPILOG
-    parser.add_argument("action", choices=("list", "show", "verify", "compare"), help="what to do")
-    parser.add_argument("package", nargs="*", metavar="PACKAGE", help="name, digest or the digest's first digits")
-    parser.add_argument("--ledger", type=Path, help="ledger folder (default: REPLAYLAB_LEDGER or ./ledger)")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, (count, summary) in ACTIONS.items():
+        action = actions.add_parser(name, help=summary, description=summary)
+        action.set_defaults(package=[])
+        if count != 0:
+            action.add_argument("package", nargs=count, metavar="PACKAGE", help="name, digest or its first digits")
+        action.add_argument("--ledger", type=Path, help="ledger folder (default: REPLAYLAB_LEDGER or ./ledger)")
+        action.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what was asked; returns the exit code."""
     from runtime.prepare.cli import report_failure
-    from runtime.prepare.errors import PackageUnknown
     from runtime.prepare.store import PackageStore
     from traces.failures import ClassifiedError
     from traces.ledger.layout import default_ledger
 
-    wanted = {"list": (0, 0), "show": (1, 1), "verify": (0, 99), "compare": (2, 2)}[arguments.action]
     try:
-        if not wanted[0] <= len(arguments.package) <= wanted[1]:
-            raise PackageUnknown(
-                f"packages {arguments.action} takes {wanted[0]} packages, {len(arguments.package)} were given",
-                fix="see `replaylab packages --help`",
-            )
         store = PackageStore(arguments.ledger or default_ledger())
         action = {"list": _list, "show": _show, "verify": _verify, "compare": _compare}[arguments.action]
         document, code = action(store, arguments.package)
@@ -112,7 +120,7 @@ def _print(action: str, document: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     if action == "show":
         _print_package(document)
         return
@@ -146,7 +154,7 @@ def _print_package(document: dict[str, Any]) -> None:
     from runtime.prepare.table import summarize
     from traces.stages import Stage
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     manifest = document["manifest"]
     console.print(f"[bold]{document['package']}[/bold]", soft_wrap=True)
     for section in ("artifact", "compiler", "contract", "envelope"):
