@@ -7,6 +7,7 @@ from typing import Any
 
 from eval.attribution import attribute
 from eval.divergence import Divergence, compare
+from eval.failures import compare_failures
 from eval.layers import LAYERS
 from eval.records import RequestRecord
 from manifests.canonical import digest
@@ -53,7 +54,7 @@ def judge(
         step=found.step,
         token_index=found.request_token_index,
         original=_side(original, mode="live"),
-        replay=_side(replay, mode=mode) | _extent(found),
+        replay=_side(replay, mode=mode) | _extent(found) | _failures(original, replay),
         detail=sentence(found, mode=mode),
         suspects=suspects(found, differences),
     )
@@ -144,6 +145,21 @@ def _side(record: RequestRecord, *, mode: str) -> dict[str, Any]:
         "response_digest": record.response_digest,
         "manifest_digest": record.manifest_digest,
     }
+
+
+def _failures(original: RequestRecord, replay: RequestRecord) -> dict[str, Any]:
+    """Return whether both failed alike, and what their class demands and the replay lacks; nothing if neither did."""
+    if original.failure is None and replay.failure is None:
+        return {}
+    found = compare_failures(original, replay)
+    document = {
+        "same_class": found.same_class,
+        "same_stage": found.same_stage,
+        "same_retry_decision": found.same_retry_decision,
+        "missing_evidence": list(found.missing_replay),
+        "broken_containment": list(found.broken_replay),
+    }
+    return {"failure": document}
 
 
 def _extent(found: Divergence) -> dict[str, Any]:
