@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Generator
@@ -79,17 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo; returns the exit code."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threads are a pin
+    from experiments.errors import report
     from manifests.errors import ManifestError
-    from traces.failures import ClassifiedError, FailureClass
+    from traces.failures import ClassifiedError
 
     try:
         return _Demo(arguments).run()
     except (ClassifiedError, ManifestError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        if error.fix and error.fix not in str(error):
-            print(f"  fix: {error.fix}", file=sys.stderr)
-        refusals = (FailureClass.VALIDATION_POLICY, FailureClass.ARTIFACT_COMPATIBILITY)
-        return 2 if isinstance(error, ManifestError) or error.failure_class in refusals else 3
+        return report(error, as_json=arguments.json)
 
 
 class _Demo:

@@ -6,8 +6,11 @@ ClassifiedError
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
+from manifests.errors import ManifestError
 from traces.failures import ClassifiedError, FailureClass
 
 
@@ -23,3 +26,16 @@ class WorkloadError(ClassifiedError):
             fix=fix,
             error_type="workload_refused",
         )
+
+
+def report(error: ClassifiedError | ManifestError, *, as_json: bool) -> int:
+    """Say one clear error, what and how to mend it; return the exit code: 2 for a refusal, 3 for a failure."""
+    message = error.message if isinstance(error, ClassifiedError) else str(error)
+    if as_json:
+        print(json.dumps({"error": {"message": message, "fix": error.fix}}, indent=2))
+    else:
+        print(f"error: {message}", file=sys.stderr)
+        if error.fix and error.fix not in message:
+            print(f"  fix: {error.fix}", file=sys.stderr)
+    refusals = (FailureClass.VALIDATION_POLICY, FailureClass.ARTIFACT_COMPATIBILITY)
+    return 2 if isinstance(error, ManifestError) or error.failure_class in refusals else 3

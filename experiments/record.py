@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,22 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Record the workload and print a summary."""
+    from experiments.errors import report
     from manifests.errors import ManifestError
-    from traces.failures import ClassifiedError, FailureClass
+    from traces.failures import ClassifiedError
 
     try:
         return _run(arguments)
     except (ClassifiedError, ManifestError) as error:
-        fix = error.fix
-        message = error.message if isinstance(error, ClassifiedError) else str(error)
-        if arguments.json:
-            print(json.dumps({"error": {"message": message, "fix": fix}}, indent=2))
-        else:
-            print(f"error: {message}", file=sys.stderr)
-            if fix and fix not in message:
-                print(f"  fix: {fix}", file=sys.stderr)
-        refusals = (FailureClass.VALIDATION_POLICY, FailureClass.ARTIFACT_COMPATIBILITY)
-        return 2 if isinstance(error, ManifestError) or error.failure_class in refusals else 3
+        return report(error, as_json=arguments.json)
 
 
 def _run(arguments: argparse.Namespace) -> int:
