@@ -18,7 +18,7 @@ from runtime.backends.contract import InputContract
 from runtime.backends.eager import WEIGHTS, EagerExecutor
 from runtime.backends.fixture import compare_with_reference
 from runtime.backends.lowering import ExportedLowering, target, unknown
-from runtime.backends.protocol import Boundary
+from runtime.backends.protocol import Boundary, LoadSpec
 from runtime.models import decoder as decoder_module
 
 
@@ -36,12 +36,14 @@ class EagerLowering(ExportedLowering):
         """Stage 4: no rewriting; the numerical validation shows what the precision alone costs."""
         program = self.program
         nodes = {"nodes": len(program.exported.graph.nodes)}
-        executor = EagerExecutor(
-            program.decoder,
+        config = program.decoder.config
+        spec = LoadSpec(
+            config=config,
+            contract=InputContract.of(config, self.options.bounds),
             precision=self.options.precision,
-            contract=InputContract.of(program.decoder.config, self.options.bounds),
             threads=self.options.threads,
         )
+        executor = EagerExecutor(program.decoder, spec)
         comparison = compare_with_reference(executor, self.model_folder)
         record = {
             "pass_list": [],

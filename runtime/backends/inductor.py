@@ -10,87 +10,30 @@ from typing import Any
 import numpy as np
 import torch
 
-from runtime.backends.contract import InputContract, Integers
-from runtime.backends.eager import as_tensor, hold_threads
-from runtime.backends.errors import BackendRefused, classify_execution
-from runtime.backends.pool import TorchPool, torch_pool
+from runtime.backends.errors import BackendRefused
+from runtime.backends.executor import StepInputs
 from runtime.backends.protocol import KVPool, LoadSpec, StepOutput
-from runtime.models.config import ModelConfig
-from runtime.models.decoder import PRECISIONS
+from runtime.backends.torch_executor import TorchExecutor, hold_threads
 
 PACKAGE = "step.pt2"
 CHECK_VARIABLE = "AOTI_RUNTIME_CHECK_INPUTS"
 
 
-class InductorExecutor:
+class InductorExecutor(TorchExecutor[Any]):
     """Machine code made ahead of time; a fault in it can end the process, so inputs are checked before every call."""
 
     backend = "inductor"
 
-    def __init__(self, compiled: Any, spec: LoadSpec) -> None:
-        self._compiled: Any = compiled
-        self._spec = spec
-
-    @property
-    def config(self) -> ModelConfig:
-        """Shape of the model."""
-        return self._spec.config
-
-    @property
-    def precision(self) -> str:
-        """Working precision of weights, cache and activations."""
-        return self._spec.precision
-
-    @property
-    def contract(self) -> InputContract:
-        """What a step's inputs must satisfy."""
-        return self._spec.contract
-
-    @property
-    def threads(self) -> int:
-        """Compute threads of a step."""
-        return self._spec.threads
-
-    def new_pool(self, num_slots: int) -> TorchPool:
-        """Allocate a zeroed pool in the working precision."""
-        config = self._spec.config
-        return TorchPool(
-            num_layers=config.num_layers,
-            num_slots=num_slots,
-            width=config.kv_width,
-            dtype=PRECISIONS[self._spec.precision],
-        )
-
-    def step(
-        self, tokens: Integers, positions: Integers, slots: Integers, context_lengths: Integers, pool: KVPool
-    ) -> StepOutput:
-        """Check the inputs, then run the compiled step; see `Executor.step`."""
-        if self._compiled is None:
-            raise BackendRefused("the executor has been closed", fix="load the package again")
-        self._spec.contract.check(tokens, positions, slots, context_lengths, num_slots=pool.num_slots)
-        tables = torch_pool(pool, self._spec.config, self._spec.precision)
-        hold_threads(self._spec.threads)
-        inputs = [
-            as_tensor(tokens),
-            as_tensor(positions),
-            tables.k,
-            tables.v,
-            as_tensor(slots),
-            as_tensor(context_lengths),
-        ]
-        try:
-            logits, new_k, new_v = self._compiled.run(inputs)
-        except RuntimeError as error:
-            raise classify_execution(error, self.backend) from error
+    def run(self, loaded: Any, inputs: StepInputs, pool: KVPool) -> StepOutput:
+        """Run the compiled step."""
+        tensors = self.tensors(inputs, pool)
+        hold_threads(self.threads)
+        logits, new_k, new_v = loaded.run(list(tensors))
         return StepOutput(logits.numpy(), new_k, new_v)
 
     def metadata(self) -> dict[str, str]:
         """Read back what was written into the compiled package when it was built."""
-        return dict(self._compiled.get_metadata()) if self._compiled is not None else {}
-
-    def close(self) -> None:
-        """Drop the compiled code."""
-        self._compiled = None
+        return dict(self.loaded.get_metadata())
 
 
 def load_inductor(package: Path, spec: LoadSpec) -> InductorExecutor:

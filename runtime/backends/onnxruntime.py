@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from runtime.backends.contract import InputContract, Integers
-from runtime.backends.errors import BackendRefused, BuildFailed, InputRefused, ProviderMismatch, classify_execution
-from runtime.backends.pool import ArrayPool
+from runtime.backends.errors import BuildFailed, ProviderMismatch
+from runtime.backends.executor import LoadedExecutor, StepInputs
+from runtime.backends.pool import ArrayPool, foreign_pool
 from runtime.backends.protocol import KVPool, LoadSpec, StepOutput
-from runtime.models.config import ModelConfig
 
 MODEL = "model.onnx"
 PROVIDERS = ("CPUExecutionProvider",)
@@ -36,77 +35,34 @@ class OrtPool(ArrayPool):
         self.v_value = onnxruntime.OrtValue.ortvalue_from_numpy(self.v)
 
 
-class OrtExecutor:
+class OrtExecutor(LoadedExecutor[onnxruntime.InferenceSession]):
     """One inference session; calls are independent, so threads may share it."""
 
     backend = "onnxruntime"
-
-    def __init__(self, session: onnxruntime.InferenceSession, spec: LoadSpec) -> None:
-        self._session: onnxruntime.InferenceSession | None = session
-        self._spec = spec
-
-    @property
-    def config(self) -> ModelConfig:
-        """Shape of the model."""
-        return self._spec.config
-
-    @property
-    def precision(self) -> str:
-        """Working precision of weights, cache and activations."""
-        return self._spec.precision
-
-    @property
-    def contract(self) -> InputContract:
-        """What a step's inputs must satisfy."""
-        return self._spec.contract
-
-    @property
-    def threads(self) -> int:
-        """Compute threads of a step."""
-        return self._spec.threads
+    failures = (Exception,)  # ONNX Runtime's classes derive from Exception directly
 
     def new_pool(self, num_slots: int) -> OrtPool:
         """Allocate a zeroed float32 pool."""
-        config = self._spec.config
-        return OrtPool(num_layers=config.num_layers, num_slots=num_slots, width=config.kv_width)
+        return OrtPool(num_layers=self.config.num_layers, num_slots=num_slots, width=self.config.kv_width)
 
-    def step(
-        self, tokens: Integers, positions: Integers, slots: Integers, context_lengths: Integers, pool: KVPool
-    ) -> StepOutput:
-        """Check the inputs, then run the session; see `Executor.step`."""
-        if self._session is None:
-            raise BackendRefused("the executor has been closed", fix="load the package again")
-        self._spec.contract.check(tokens, positions, slots, context_lengths, num_slots=pool.num_slots)
-        if not isinstance(pool, OrtPool) or pool.k.shape[1] != self._spec.config.kv_width:
-            raise InputRefused(
-                "step input pool: not a pool of this executor",
-                fix="allocate the pool with new_pool",
-                evidence={"input_signature": type(pool).__name__, "guard": "pool kind and width"},
-            )
-        tables = pool
-        try:
-            binding = self._session.io_binding()
-            for name, array in zip(SMALL_INPUTS, (tokens, positions, slots, context_lengths), strict=True):
-                binding.bind_cpu_input(name, np.ascontiguousarray(array))
-            binding.bind_ortvalue_input("k_pool", tables.k_value)
-            binding.bind_ortvalue_input("v_pool", tables.v_value)
-            for name in OUTPUTS:
-                binding.bind_output(name)
-            self._session.run_with_iobinding(binding)
-            logits, new_k, new_v = (value.numpy() for value in binding.get_outputs())
-        except Exception as error:  # ONNX Runtime's classes derive from Exception directly
-            raise classify_execution(error, self.backend) from error
+    def run(self, loaded: onnxruntime.InferenceSession, inputs: StepInputs, pool: KVPool) -> StepOutput:
+        """Run the session with bound inputs."""
+        if not isinstance(pool, OrtPool) or pool.k.shape[1] != self.config.kv_width:
+            raise foreign_pool(pool)
+        binding = loaded.io_binding()
+        for name, array in zip(SMALL_INPUTS, inputs, strict=True):
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        binding.bind_ortvalue_input("k_pool", pool.k_value)
+        binding.bind_ortvalue_input("v_pool", pool.v_value)
+        for name in OUTPUTS:
+            binding.bind_output(name)
+        loaded.run_with_iobinding(binding)
+        logits, new_k, new_v = (value.numpy() for value in binding.get_outputs())
         return StepOutput(logits, new_k, new_v)
 
     def end_profiling(self) -> str:
         """Stop profiling and name the profile's file; the session must have been opened for profiling."""
-        if self._session is None:
-            raise BackendRefused("the executor has been closed", fix="load the package again")
-        return str(self._session.end_profiling())
-
-    def close(self) -> None:
-        """Drop the session."""
-        self._session = None
+        return str(self.loaded.end_profiling())
 
 
 def session_options(*, threads: int, settings: Mapping[str, str], level: str = "disable") -> Any:

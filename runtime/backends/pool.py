@@ -82,12 +82,17 @@ def torch_pool(pool: KVPool, config: ModelConfig, precision: str) -> TorchPool:
         or pool.k.dtype is not PRECISIONS[precision]
         or tuple(pool.k.shape) != (config.num_layers * pool.num_slots, config.kv_width)
     ):
-        raise InputRefused(
-            "step input pool: not a pool of this executor",
-            fix="allocate the pool with new_pool",
-            evidence={"input_signature": type(pool).__name__, "guard": "pool kind, precision, depth and width"},
-        )
+        raise foreign_pool(pool)
     return pool
+
+
+def foreign_pool(pool: KVPool) -> InputRefused:
+    """Make the refusal of a pool that another executor allocated."""
+    return InputRefused(
+        "step input pool: not a pool of this executor",
+        fix="allocate the pool with new_pool",
+        evidence={"input_signature": type(pool).__name__, "guard": "pool kind, precision, depth and width"},
+    )
 
 
 class ArrayPool:

@@ -19,9 +19,9 @@ from torch.export import Dim, ExportedProgram
 
 from manifests.canonical import digest
 from runtime.backends.contract import Bounds, InputContract
-from runtime.backends.eager import hold_threads
 from runtime.backends.errors import BackendRefused, BuildFailed, InputRefused
 from runtime.backends.protocol import BuildOptions
+from runtime.backends.torch_executor import hold_threads
 from runtime.models.config import ModelConfig
 from runtime.models.decoder import PRECISIONS, Decoder, NormKind
 from runtime.models.loader import Checkpoint, build_decoder, load_checkpoint

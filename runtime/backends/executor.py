@@ -1,0 +1,74 @@
+"""What is alike in every loaded package?  What it was loaded with, the checks before a step, the end of its life."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Generic, TypeVar
+
+from runtime.backends.contract import InputContract, Integers
+from runtime.backends.errors import BackendError, BackendRefused, classify_execution
+from runtime.backends.protocol import KVPool, LoadSpec, StepOutput
+from runtime.models.config import ModelConfig
+
+Loaded = TypeVar("Loaded")
+StepInputs = tuple[Integers, Integers, Integers, Integers]
+"""Token ids, positions, slots and context lengths, as `Executor.step` takes them."""
+
+
+class LoadedExecutor(Generic[Loaded]):
+    """Holds what a backend loaded; a backend adds `new_pool` and `run`."""
+
+    backend = ""
+    failures: ClassVar[tuple[type[Exception], ...]] = (RuntimeError,)
+    """What the backend raises when a step fails; it is named by `classify_execution`."""
+
+    def __init__(self, loaded: Loaded, spec: LoadSpec) -> None:
+        self._loaded: Loaded | None = loaded
+        self.spec = spec
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shape of the model."""
+        return self.spec.config
+
+    @property
+    def precision(self) -> str:
+        """Working precision of weights, cache and activations."""
+        return self.spec.precision
+
+    @property
+    def contract(self) -> InputContract:
+        """What a step's inputs must satisfy."""
+        return self.spec.contract
+
+    @property
+    def threads(self) -> int:
+        """Compute threads of a step."""
+        return self.spec.threads
+
+    @property
+    def loaded(self) -> Loaded:
+        """What the backend loaded; `BackendRefused` once it is closed."""
+        if self._loaded is None:
+            raise BackendRefused("the executor has been closed", fix="load the package again")
+        return self._loaded
+
+    def step(
+        self, tokens: Integers, positions: Integers, slots: Integers, context_lengths: Integers, pool: KVPool
+    ) -> StepOutput:
+        """Check the inputs, then run the step; see `Executor.step`."""
+        loaded = self.loaded
+        self.spec.contract.check(tokens, positions, slots, context_lengths, num_slots=pool.num_slots)
+        try:
+            return self.run(loaded, (tokens, positions, slots, context_lengths), pool)
+        except BackendError:
+            raise
+        except self.failures as error:
+            raise classify_execution(error, self.backend) from error
+
+    def run(self, loaded: Loaded, inputs: StepInputs, pool: KVPool) -> StepOutput:
+        """Run the step on inputs that satisfy the contract; refuse a pool of another executor with `InputRefused`."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Drop what was loaded; the executor cannot step afterwards."""
+        self._loaded = None
