@@ -106,7 +106,9 @@ class ExportedLowering:
             },
             "specialization_cache_key": key,
         }
-        return Boundary({"symbols": found, "guards": guards, "cache_key": key}, record)
+        # the key also holds what later stages decide: it is recorded here, but a change of theirs is a change there
+        assumed = {"symbols": found, "guards": guards, "layouts": record["layout_decisions"]}
+        return Boundary(assumed, record)
 
     def base_compiler(self) -> dict[str, Any]:
         """Give the compiler manifest's fields that every backend shares."""

@@ -179,7 +179,8 @@ class OrtLowering(ExportedLowering):
             "kernel_inventory": kernels,
             "build_us": spent,
         }
-        return Boundary({"model": _file_digest(self._optimized), "kernels": kernels}, record, {"build_us": spent})
+        emitted = {"model": _file_digest(self._optimized), "kernels": kernels, "settings": self.settings}
+        return Boundary(emitted, record, {"build_us": spent})
 
     def files(self) -> Mapping[str, Path]:
         """The optimized model, weights inside."""

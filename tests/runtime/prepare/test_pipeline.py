@@ -149,7 +149,9 @@ def test_another_option_is_named_as_the_stage_where_it_enters(
         second = prepare(model_folder, backend="eager", store=PackageStore(tmp_path), options=options)
     finally:
         torch.set_num_threads(1)
-    assert second.preparation.first_difference(first.preparation) == "a03", "the cache key holds the threads"
+    assert second.preparation.first_difference(first.preparation) == "a07", "eager code is the same; the package is not"
+    keys = [made.preparation.stages[2].record["specialization_cache_key"] for made in (first, second)]
+    assert keys[0] != keys[1], "the key of a specialization holds the threads"
     other = prepare(
         model_folder, backend="eager", store=PackageStore(tmp_path), options=BuildOptions(bounds=BOUNDS, norm="unfused")
     )
