@@ -91,10 +91,15 @@ class ExportedLowering:
                 "flags": dict(options.flags),
                 "threads": options.threads,
                 "isa": torch.backends.cpu.get_cpu_capability(),
+                **({"buckets": options.buckets.document()} if options.buckets else {}),
             }
         )
         record = {
-            "shape_profile": {"symbols": found, "pool_slots": list(programs.POOL_SLOTS)},
+            "shape_profile": {
+                "symbols": found,
+                "pool_slots": list(programs.POOL_SLOTS),
+                **({"buckets": [entry.name for entry in options.buckets.buckets()]} if options.buckets else {}),
+            },
             "guard_count": len(guards),
             "dynamic_dimensions": {
                 name: entry["shape"] for name, entry in programs.signature(exported).items() if name != "v_pool"

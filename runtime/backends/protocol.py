@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.backends.buckets import BucketPlan
 from runtime.backends.contract import Bounds, InputContract, Integers
 from runtime.backends.errors import BackendRefused
 from runtime.models.config import ModelConfig
@@ -75,12 +76,19 @@ class BuildOptions:
     flags: Mapping[str, str] = field(default_factory=dict[str, str])
     """Backend settings by name (for example inductor's `freezing`); unknown names are refused."""
     bounds: Bounds = field(default_factory=Bounds)
+    """Narrowed to what `buckets` reach, where there are buckets."""
     providers: tuple[str, ...] = ()
     """Execution providers in order of preference; empty is the backend's own choice, written out in the manifest."""
     threads: int = 1
     """Compute threads while building; part of the identity of compiled code."""
     deadline_seconds: int = 600
     """The whole build ends by then or fails as a timeout."""
+    buckets: BucketPlan | None = None
+    """The fixed shapes to compile; None keeps the dimensions dynamic, where the backend can."""
+
+    def __post_init__(self) -> None:
+        if self.buckets is not None:
+            object.__setattr__(self, "bounds", self.buckets.narrow(self.bounds))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +103,8 @@ class LoadSpec:
     providers: tuple[str, ...] = ()
     """Requested execution providers, in order."""
     threads: int = 1
+    buckets: BucketPlan | None = None
+    """The fixed shapes that the package holds; None where its dimensions are dynamic."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +216,10 @@ class Backend(Protocol):
 
     def versions(self) -> dict[str, str]:
         """Name the libraries that decide what is built and run; `BackendMissing` where one is not installed."""
+        ...
+
+    def complete(self, options: BuildOptions) -> BuildOptions:
+        """Write out what the backend chooses where the options leave it open: a bucket plan where it needs one."""
         ...
 
     def start(self, model_folder: Path, work: Path, options: BuildOptions) -> Lowering:

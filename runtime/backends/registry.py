@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from runtime.backends.buckets import default_plan
 from runtime.backends.errors import BackendMissing, BackendRefused
 from runtime.backends.protocol import (
     Ability,
@@ -56,6 +57,8 @@ class InstalledBackend:
     """Flags that a caller may set, with their values."""
     providers: tuple[str, ...] | None = None
     """None where execution providers are no notion of the backend; else those that this project has tried."""
+    buckets: Literal["never", "optional", "needed"] = "never"
+    """Whether it compiles fixed shapes from a declared bucket plan."""
     extra: str | None = None
     """The project's extra that installs the libraries; None for those that always come along."""
 
@@ -74,8 +77,15 @@ class InstalledBackend:
                 ) from error
         return found
 
+    def complete(self, options: BuildOptions) -> BuildOptions:
+        """Write out what the backend chooses where the options leave it open: a bucket plan where it needs one."""
+        if self.buckets == "needed" and options.buckets is None:
+            return replace(options, buckets=default_plan(options.bounds))
+        return options
+
     def start(self, model_folder: Path, work: Path, options: BuildOptions) -> Lowering:
         """Begin a preparation after checking what was asked for against the table."""
+        options = self.complete(options)
         self.check(options)
         made: Callable[..., Lowering] = _load_object(self.lowering)
         return made(model_folder, work, options, versions=self.versions())
@@ -99,6 +109,8 @@ class InstalledBackend:
             self._among("threads", str(options.threads), ("1 or more",))
         if options.providers and self.providers is None:
             self._among("providers", ", ".join(options.providers), ("none",))
+        if options.buckets is not None and self.buckets == "never":
+            self._among("buckets", options.buckets.text(), ("none: its shapes are dynamic",))
 
     def _among(self, what: str, value: str, allowed: tuple[str, ...]) -> None:
         if value not in allowed:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.backends.buckets import BucketPlan
 from runtime.backends.contract import Bounds
 from runtime.backends.protocol import Backend, BuildOptions, Lowering
 from runtime.prepare.stage import StageOutcome
@@ -63,6 +64,7 @@ def read_options(document: Mapping[str, Any]) -> BuildOptions:
         providers=tuple(document["providers"]),
         bounds=Bounds(max_batch=symbols["B"][1], max_tokens=symbols["T"][1], max_context=symbols["S"][1]),
         threads=document["threads"],
+        buckets=BucketPlan.from_document(document["buckets"]) if document.get("buckets") else None,
     )
 
 
@@ -76,4 +78,5 @@ def options_document(options: BuildOptions) -> dict[str, Any]:
         "providers": list(options.providers),
         "symbols": options.bounds.symbols(),
         "threads": options.threads,
+        **({"buckets": options.buckets.document()} if options.buckets else {}),
     }

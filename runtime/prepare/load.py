@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from manifests.artifact import ArtifactManifest
 from manifests.compiler import CompilerManifest
+from runtime.backends.buckets import BucketPlan
 from runtime.backends.contract import InputContract
 from runtime.backends.lowering import unknown
 from runtime.backends.protocol import Executor, LoadSpec
@@ -82,6 +83,7 @@ def load_package(store: PackageStore, digest: str, *, threads: int = 1) -> Loade
         flags=dict(manifest.compiler.flags),
         providers=manifest.compiler.execution_providers,
         threads=threads,
+        buckets=BucketPlan.from_document(manifest.contract["buckets"]) if "buckets" in manifest.contract else None,
     )
     folder = store.path(package_digest)
     executor = backend_named(manifest.compiler.backend).load(folder, spec)

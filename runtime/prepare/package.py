@@ -17,6 +17,8 @@ from manifests.compiler import CompilerManifest
 from runtime.backends.contract import InputContract
 from runtime.backends.eager import EagerExecutor
 from runtime.backends.fixture import TOLERANCE, FixtureOutput, run_fixture
+from runtime.backends.protocol import BuildOptions
+from runtime.models.config import ModelConfig
 from runtime.models.loader import Checkpoint, load_checkpoint
 from runtime.prepare.capture import Source, options_document
 from runtime.prepare.lower import Lowered
@@ -57,7 +59,7 @@ def run(received: Lowered, *, store: PackageStore, journal: Journal) -> StageOut
         artifact=artifact_of(checkpoint, source),
         compiler=compiler,
         config=config_document(checkpoint.config),
-        contract=InputContract.of(checkpoint.config, source.options.bounds).document(),
+        contract=contract_document(checkpoint.config, source.options),
         envelope=envelope_of(received, compiler),
         files={name: file_entry(path) for name, path in sorted(files.items())},
         fixture={
@@ -83,6 +85,12 @@ def run(received: Lowered, *, store: PackageStore, journal: Journal) -> StageOut
         },
     }
     return StageOutcome(Packaged(source, package_digest, store.path(package_digest), manifest), record)
+
+
+def contract_document(config: ModelConfig, options: BuildOptions) -> dict[str, Any]:
+    """Write what inputs the package takes, and in which fixed shapes it runs them where it holds such."""
+    contract = InputContract.of(config, options.bounds).document()
+    return {**contract, "buckets": options.buckets.document()} if options.buckets else contract
 
 
 def write_fixtures(source: Source, path: Path) -> FixtureOutput:

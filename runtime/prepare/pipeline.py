@@ -53,6 +53,7 @@ def prepare(
     wanted = options or BuildOptions()
     wanted = replace(wanted, precision=precision or wanted.precision)
     chosen = backend_named(backend)
+    wanted = chosen.complete(wanted)
     journal = Journal(recorder, on_start, on_finish)
     with tempfile.TemporaryDirectory(prefix="replaylab-prepare-") as work, ExitStack() as resources:
         checkpoint = load_checkpoint(model_folder)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from runtime.backends import registry
+from runtime.backends.buckets import default_plan
+from runtime.backends.contract import Bounds
 from runtime.backends.errors import BackendMissing, BackendRefused
 from runtime.backends.protocol import ABILITIES, Ability, BuildOptions, Support, abilities
 from traces.failures import FailureClass
@@ -46,6 +48,7 @@ def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
         ("eager", BuildOptions(norm="layer"), "layer"),
         ("inductor", BuildOptions(threads=0), "threads"),
         ("eager", BuildOptions(providers=("CPUExecutionProvider",)), "providers"),
+        ("eager", BuildOptions(buckets=default_plan(Bounds())), "its shapes are dynamic"),
     ],
 )
 def test_what_a_backend_does_not_offer_is_refused(
