@@ -1,32 +1,15 @@
-"""How does the parent follow a compiling child?  Reports with a deadline; a death is a classified failure."""
+"""Which process compiles for AOTInductor, and what are its bytes pinned by?"""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import queue
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.backends.errors import (
-    CAPACITY_SIGNS,
-    BackendError,
-    BackendRefused,
-    BuildFailed,
-    BuildTimedOut,
-    CapacityExhausted,
-    ExecutionFailed,
-)
-
-DISK_SIGNS = (*CAPACITY_SIGNS, "File too large", "Disk quota exceeded")
+from runtime.backends.build_process import BuildProcess
+from runtime.backends.errors import BackendRefused
 
 
 def cache_folder() -> Path:
@@ -45,7 +28,6 @@ def cache_folder() -> Path:
 def build_environment(threads: int) -> dict[str, str]:
     """Pin what a build's bytes depend on: cache path, hash seed, threads; no compiler pool beside us."""
     return {
-        **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": str(cache_folder()),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         "PYTHONHASHSEED": "0",
@@ -53,105 +35,13 @@ def build_environment(threads: int) -> dict[str, str]:
     }
 
 
-class BuildProcess:
-    """A child that compiles one program and reports `optimized`, `partitioned` and `lowered` in that order."""
-
-    def __init__(self, request: Mapping[str, Any], work: Path, *, threads: int, deadline_seconds: int) -> None:
-        path = work / "request.json"
-        path.write_text(json.dumps({**request, "threads": threads}))
-        self._deadline = time.monotonic() + deadline_seconds
-        self._deadline_seconds = deadline_seconds
-        self._log = work / "compiler.log"
-        with self._log.open("wb") as log:
-            self._child = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "runtime.backends.inductor_compile", str(path)],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                env=build_environment(threads),
-                start_new_session=True,
-            )
-        self._reports: queue.Queue[bytes | None] = queue.Queue()
-        self._reader = threading.Thread(target=self._read, name="inductor-build", daemon=True)
-        self._reader.start()
-
-    def wait_for(self, event: str, *, stage: str) -> dict[str, Any]:
-        """Return the next report, which must be `event`; a failed, dead or late child is a classified error."""
-        try:
-            line = self._reports.get(timeout=max(0.0, self._deadline - time.monotonic()))
-        except queue.Empty:
-            self.close()
-            raise BuildTimedOut(
-                f"the compiler passed its deadline of {self._deadline_seconds} s",
-                fix="raise the deadline, or lower the optimization level",
-                evidence={
-                    "deadline_us": self._deadline_seconds * 1_000_000,
-                    "cancellation_origin": "build deadline",
-                    "last_completed_span": stage,
-                    "released_resources": "compiler process group",
-                },
-                stage=stage,
-            ) from None
-        if line is None:
-            raise self._death(stage)
-        report: dict[str, Any] = json.loads(line)
-        if report["event"] == "failed":
-            raise self._failure(report, stage)
-        if report["event"] != event:
-            raise BuildFailed(
-                f"the compiler reported {report['event']!r} where {event!r} was due",
-                fix="this version of torch compiles in another order; use the eager or onnxruntime backend",
-                evidence={"validation_output": report["event"]},
-                stage=stage,
-            )
-        return report
-
-    def close(self) -> None:
-        """End the child and everything it started."""
-        if self._child.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._child.pid, signal.SIGKILL)
-        self._child.wait()
-        self._reader.join(timeout=5)
-        if self._child.stdout is not None:
-            self._child.stdout.close()
-
-    def _read(self) -> None:
-        if self._child.stdout is not None:
-            for line in self._child.stdout:
-                self._reports.put(line)
-        self._reports.put(None)
-
-    def _death(self, stage: str) -> BackendError:
-        code = self._child.wait()
-        tail = self._log.read_bytes()[-1500:].decode(errors="replace")
-        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return ExecutionFailed(
-            f"the compiler process died: {name}",
-            fix="see the compiler log in the evidence",
-            evidence={
-                "provider": "inductor",
-                "error_class": name,
-                "device_state": "compiler process gone",
-                "log": tail,
-            },
-            stage=stage,
-        )
-
-    def _failure(self, report: Mapping[str, Any], stage: str) -> BackendError:
-        text, name = str(report["text"]), str(report["exception"])
-        evidence = {"provider_log": text[-1500:], "exception": name}
-        if any(sign in text for sign in DISK_SIGNS) or report.get("errno") == 28:
-            return CapacityExhausted(
-                "the compiler ran out of memory or disk",
-                fix="free disk space under the temporary folder",
-                evidence={"memory_pressure": text[-500:], "reservation_failure": name},
-                stage=stage,
-            )
-        first = next((line for line in text.splitlines() if line.strip()), name)
-        return BuildFailed(
-            f"the compiler failed: {name}: {first[:300]}",
-            fix="install a working C++ compiler (g++), or use the eager or onnxruntime backend",
-            evidence=evidence,
-            stage=stage,
-        )
+def inductor_process(request: Mapping[str, Any], work: Path, *, threads: int, deadline_seconds: int) -> BuildProcess:
+    """Start a compile that reports `optimized`, `partitioned` and `lowered` in that order."""
+    return BuildProcess(
+        "runtime.backends.inductor_compile",
+        {**request, "threads": threads},
+        work,
+        environment=build_environment(threads),
+        deadline_seconds=deadline_seconds,
+        fix="install a working C++ compiler (g++), or use the eager or onnxruntime backend",
+    )

@@ -1,15 +1,12 @@
 """How is a program compiled without risking this process?  The child: reads a request, compiles, reports as it goes.
 
-Run as `python -m runtime.backends.inductor_compile REQUEST.json`.  Reports are JSON lines on the original standard
-output: `optimized`, `partitioned`, `lowered`, or `failed` with the compiler's own words.  Everything else that
-libraries print goes to standard error.
+Run as `python -m runtime.backends.inductor_compile REQUEST.json`; reports `optimized`, `partitioned` and `lowered`.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -17,29 +14,23 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from runtime.backends.build_child import Reporter, run_build
 
 SETTINGS_THAT_REPEAT = {"aot_inductor.check_lowerbound": False}
 """Without it the compiled check refuses every dimension of size 1."""
 
 
-class Reporter:
-    """Writes reports as the compiler passes the points that part optimize, partition and lower."""
+class Observed:
+    """What the watchers below saw, in the compiler's order."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._start = time.perf_counter_ns()
+    def __init__(self) -> None:
         self.passes: list[dict[str, Any]] = []
         self.commands: list[dict[str, Any]] = []
 
-    def send(self, event: str, **fields: Any) -> None:
-        """Write one report with the microseconds since the start."""
-        spent = (time.perf_counter_ns() - self._start) // 1000
-        self._stream.write(json.dumps({"event": event, "elapsed_us": spent, **fields}) + "\n")
-        self._stream.flush()
 
-
-def watch_passes(reporter: Reporter) -> None:
+def watch_passes(observed: Observed) -> None:
     """Count graph nodes before and after every pass that Inductor's observer announces."""
     from torch.fx.passes.graph_transform_observer import GraphTransformObserver as Observer
 
@@ -53,13 +44,13 @@ def watch_passes(reporter: Reporter) -> None:
         result = leave(self, *error)
         after = len(self.gm.graph.nodes)
         entry = {"name": f"{self.subsystem}.{self.passname}", "before": self._replaylab_nodes, "after": after}
-        reporter.passes.append(entry)
+        observed.passes.append(entry)
         return result
 
     Observer.__enter__, Observer.__exit__ = entered, left  # type: ignore[method-assign]
 
 
-def watch_commands(reporter: Reporter) -> None:
+def watch_commands(observed: Observed) -> None:
     """Keep the flags and the seconds of every C++ compiler call."""
     from torch._inductor import cpp_builder
 
@@ -69,13 +60,13 @@ def watch_commands(reporter: Reporter) -> None:
         start = time.perf_counter_ns()
         result = run(command, cwd)
         flags = re.findall(r"(?:^|\s)(-(?:O\d|march=\S+|ffp-contract=\S+|fopenmp|mavx512\w*|mfma|std=\S+))", command)
-        reporter.commands.append({"flags": flags, "us": (time.perf_counter_ns() - start) // 1000})
+        observed.commands.append({"flags": flags, "us": (time.perf_counter_ns() - start) // 1000})
         return result
 
     cpp_builder.run_compile_cmd = timed
 
 
-def watch_graph(reporter: Reporter) -> None:
+def watch_graph(observed: Observed, reporter: Reporter) -> None:
     """Report when the graph passes are done and when every operation has an owner."""
     from torch._inductor.graph import GraphLowering
 
@@ -87,7 +78,7 @@ def watch_graph(reporter: Reporter) -> None:
         calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
         reporter.send(
             "optimized",
-            passes=reporter.passes,
+            passes=observed.passes,
             nodes=len(graph.nodes),
             operators=dict(sorted(calls.items())),
             graph="sha256:" + hashlib.sha256(text.encode()).hexdigest(),
@@ -118,9 +109,10 @@ def compile_program(request: dict[str, Any], reporter: Reporter) -> None:
     from torch._inductor import aoti_compile_and_package, metrics
 
     torch.set_num_threads(request["threads"])
-    watch_passes(reporter)
-    watch_commands(reporter)
-    watch_graph(reporter)
+    observed = Observed()
+    watch_passes(observed)
+    watch_commands(observed)
+    watch_graph(observed, reporter)
     exported = torch.export.load(request["program"])
     with torch.no_grad():
         aoti_compile_and_package(
@@ -135,7 +127,7 @@ def compile_program(request: dict[str, Any], reporter: Reporter) -> None:
     reporter.send(
         "lowered",
         compiler=compiler_version(),
-        commands=reporter.commands,
+        commands=observed.commands,
         kernels=metrics.generated_kernel_count,
         nodes_before_fusion=metrics.ir_nodes_pre_fusion,
     )
@@ -155,22 +147,11 @@ def wait_for_turn(cache: Path) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
-def main(arguments: list[str]) -> int:
-    """Compile one request; exit code 0, or 1 after a `failed` report."""
-    reports = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries that print must not disturb the reports
-    reporter = Reporter(reports)
-    request = json.loads(Path(arguments[0]).read_text())
-    try:
-        wait_for_turn(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
-        compile_program(request, reporter)
-    except Exception as error:
-        reporter.send(
-            "failed", exception=type(error).__name__, text=str(error)[-4000:], errno=getattr(error, "errno", None)
-        )
-        return 1
-    return 0
+def build(request: dict[str, Any], reporter: Reporter) -> None:
+    """Compile when it is this build's turn."""
+    wait_for_turn(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+    compile_program(request, reporter)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(run_build(sys.argv[1:], build))

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from runtime.backends import program as programs
+from runtime.backends.build_process import BuildProcess
 from runtime.backends.errors import BackendRefused
 from runtime.backends.inductor import PACKAGE
-from runtime.backends.inductor_build import BuildProcess
+from runtime.backends.inductor_build import inductor_process
 from runtime.backends.inductor_package import canonicalize, read_package
 from runtime.backends.lowering import ExportedLowering, target, unknown
 from runtime.backends.protocol import Boundary
@@ -42,7 +43,7 @@ class InductorLowering(ExportedLowering):
         """Stage 4: graph passes, up to the point where operations are scheduled."""
         source = self.work / "program.pt2"
         source.write_bytes(self.program.serialized)
-        self._build = BuildProcess(
+        self._build = inductor_process(
             {
                 "program": str(source),
                 "output": str(self.work / PACKAGE),

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from runtime.backends import inductor_build
+from runtime.backends.build_process import BuildProcess
 from runtime.backends.errors import BackendRefused, BuildFailed, BuildTimedOut, ExecutionFailed
-from runtime.backends.inductor_build import BuildProcess
+from runtime.backends.inductor_build import inductor_process
 from traces.failures import FailureClass
 
 
@@ -18,7 +19,7 @@ def start(work: Path, *, deadline_seconds: int = 120) -> BuildProcess:
     program = work / "program.pt2"
     program.write_bytes(b"not a program")
     request = {"program": str(program), "output": str(work / "step.pt2"), "freezing": False, "metadata": {}}
-    return BuildProcess(request, work, threads=1, deadline_seconds=deadline_seconds)
+    return inductor_process(request, work, threads=1, deadline_seconds=deadline_seconds)
 
 
 def alive(process: BuildProcess) -> bool:
