@@ -35,7 +35,13 @@ def prepare_missing(
         flags = {name.removeprefix("session."): value for name, value in named}
         norm = flags.pop("norm", wanted.flags.get("norm", "fused"))
         level = next((one.value for one in asked if one.pin == "compiler.optimization_level"), "default")
-        options = BuildOptions(precision=wanted.precision, norm=norm, optimization=level, flags=flags)
+        options = BuildOptions(
+            precision=wanted.precision,
+            norm=norm,
+            optimization=level,
+            flags=flags,
+            batch_invariant=wanted.batch_invariant,
+        )
         prepared = prepare(folder, backend=wanted.backend, store=PackageStore(ledger), options=options)
     except ClassifiedError as error:
         raise PinRefused(error.message, pin=asked[0].pin, fix=error.fix) from error

@@ -17,6 +17,8 @@ from runtime.backends.errors import InputRefused
 from runtime.models.config import ModelConfig
 
 Integers = NDArray[np.int64]
+StepInputs = tuple[Integers, Integers, Integers, Integers]
+"""Token ids, positions, slots and context lengths, as `Executor.step` takes them."""
 _INT64 = np.dtype(np.int64)
 
 

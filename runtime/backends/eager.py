@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from runtime.backends.contract import Bounds, InputContract
 from runtime.backends.errors import BackendRefused
 from runtime.backends.executor import StepInputs
+from runtime.backends.invariant import recipe_of, tile_of
+from runtime.backends.linears import check_process, pack_linears
 from runtime.backends.protocol import KVPool, LoadSpec, StepOutput
 from runtime.backends.torch_executor import TorchExecutor, hold_threads
 from runtime.models.decoder import Decoder, NormKind
-from runtime.models.loader import build_decoder, load_checkpoint
+from runtime.models.loader import build_decoder, load_checkpoint, new_decoder
 
 WEIGHTS = "weights.safetensors"
 
@@ -45,7 +47,9 @@ class EagerExecutor(TorchExecutor[Decoder]):
 
 def load_eager(package: Path, spec: LoadSpec) -> EagerExecutor:
     """Fill the decoder from `weights.safetensors` of a verified package folder."""
-    decoder = Decoder(spec.config, spec.precision, norm=cast(NormKind, spec.flags.get("norm", "fused")))
+    tile = tile_of(spec.flags) if spec.batch_invariant else None
+    norm = cast(NormKind, spec.flags.get("norm", "fused"))
+    decoder = new_decoder(spec.config, spec.precision, norm=norm, tile=tile)
     try:
         decoder.load_state_dict(load_file(package / WEIGHTS), strict=True)
     except (SafetensorError, OSError, RuntimeError) as error:
@@ -53,4 +57,13 @@ def load_eager(package: Path, spec: LoadSpec) -> EagerExecutor:
             f"the package's weights do not fit its configuration: {error}", fix="prepare the model again"
         ) from error
     hold_threads(spec.threads)
-    return EagerExecutor(decoder.eval().requires_grad_(False), spec)
+    return eager_executor(decoder.eval().requires_grad_(False), spec)
+
+
+def eager_executor(decoder: Decoder, spec: LoadSpec) -> EagerExecutor:
+    """Make the executor of a filled decoder, which becomes its own, with the linear layers that the recipe wants."""
+    if spec.batch_invariant:
+        check_process(spec.flags)
+        if recipe_of(spec.flags) == "tile":
+            pack_linears(decoder)
+    return EagerExecutor(decoder, spec)

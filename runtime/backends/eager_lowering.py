@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import time
@@ -13,18 +14,22 @@ import torch
 from safetensors.torch import save_file
 
 from manifests.canonical import digest
+from runtime.backends import linears as linears_module
 from runtime.backends import program as programs
 from runtime.backends.contract import InputContract
-from runtime.backends.eager import WEIGHTS, EagerExecutor
+from runtime.backends.eager import WEIGHTS, eager_executor
 from runtime.backends.fixture import compare_with_reference
+from runtime.backends.invariant import recipe_of
 from runtime.backends.lowering import ExportedLowering, target, unknown
 from runtime.backends.protocol import Boundary, LoadSpec
 from runtime.models import decoder as decoder_module
+from runtime.models import invariant as invariant_module
 
 
 def source_digest() -> str:
     """Name the decoder's source: in eager mode it is the executable code, so it belongs to the compiler's identity."""
-    return digest(inspect.getsource(decoder_module).encode())
+    sources = (inspect.getsource(module) for module in (decoder_module, invariant_module, linears_module))
+    return digest("".join(sources).encode())
 
 
 class EagerLowering(ExportedLowering):
@@ -42,8 +47,10 @@ class EagerLowering(ExportedLowering):
             contract=InputContract.of(config, self.options.bounds),
             precision=self.options.precision,
             threads=self.options.threads,
+            flags=self.options.flags,
+            batch_invariant=self.options.batch_invariant,
         )
-        executor = EagerExecutor(program.decoder, spec)
+        executor = eager_executor(copy.deepcopy(program.decoder), spec)
         comparison = compare_with_reference(executor, self.model_folder)
         record = {
             "pass_list": [],
@@ -82,13 +89,18 @@ class EagerLowering(ExportedLowering):
             "tuning_record": unknown("eager torch does not tune"),
             "kernel_inventory": {
                 "operators": programs.histogram(self.program.exported),
-                "linear": "mkl sgemm" if self.options.precision == "float32" else "onednn",
+                "linear": self._linear(),
                 "decoder_source": source_digest(),
                 "mkldnn": str(torch.backends.mkldnn.is_available()).lower(),
             },
             "build_us": spent,
         }
         return Boundary({"weights": weights, "source": source_digest()}, record, {"build_us": spent})
+
+    def _linear(self) -> str:
+        if self.options.batch_invariant and recipe_of(self.options.flags) == "tile":
+            return "onednn packed"
+        return "mkl sgemm" if self.options.precision == "float32" else "onednn"
 
     def files(self) -> Mapping[str, Path]:
         """Weights in safetensors."""

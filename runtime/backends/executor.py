@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar, Generic, TypeVar
 
-from runtime.backends.contract import InputContract, Integers
+from runtime.backends.contract import InputContract, Integers, StepInputs
 from runtime.backends.errors import BackendError, BackendRefused, classify_execution
+from runtime.backends.invariant import arrange, least_rows
 from runtime.backends.protocol import KVPool, LoadSpec, StepOutput
 from runtime.models.config import ModelConfig
 
 Loaded = TypeVar("Loaded")
-StepInputs = tuple[Integers, Integers, Integers, Integers]
-"""Token ids, positions, slots and context lengths, as `Executor.step` takes them."""
 
 
 class LoadedExecutor(Generic[Loaded]):
@@ -24,6 +23,7 @@ class LoadedExecutor(Generic[Loaded]):
     def __init__(self, loaded: Loaded, spec: LoadSpec) -> None:
         self._loaded: Loaded | None = loaded
         self.spec = spec
+        self._least_rows = least_rows(spec.config)
 
     @property
     def config(self) -> ModelConfig:
@@ -58,12 +58,19 @@ class LoadedExecutor(Generic[Loaded]):
         """Check the inputs, then run the step; see `Executor.step`."""
         loaded = self.loaded
         self.spec.contract.check(tokens, positions, slots, context_lengths, num_slots=pool.num_slots)
+        inputs = (tokens, positions, slots, context_lengths)
+        if self.spec.batch_invariant:
+            inputs = arrange(inputs, rows=self._least_rows)
         try:
-            return self.run(loaded, (tokens, positions, slots, context_lengths), pool)
+            output = self.run(loaded, inputs, pool)
         except BackendError:
             raise
         except self.failures as error:
             raise classify_execution(error, self.backend) from error
+        if len(inputs[0]) != len(tokens):
+            rows = len(tokens)
+            return StepOutput(output.logits[:rows], output.new_k[:, :rows], output.new_v[:, :rows])
+        return output
 
     def run(self, loaded: Loaded, inputs: StepInputs, pool: KVPool) -> StepOutput:
         """Run the step on inputs that satisfy the contract; refuse a pool of another executor with `InputRefused`."""

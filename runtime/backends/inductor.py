@@ -12,6 +12,7 @@ import torch
 
 from runtime.backends.errors import BackendRefused
 from runtime.backends.executor import StepInputs
+from runtime.backends.linears import check_process
 from runtime.backends.protocol import KVPool, LoadSpec, StepOutput
 from runtime.backends.torch_executor import TorchExecutor, hold_threads
 
@@ -39,6 +40,8 @@ class InductorExecutor(TorchExecutor[Any]):
 def load_inductor(package: Path, spec: LoadSpec) -> InductorExecutor:
     """Load `step.pt2` of a verified package folder, with the compiled input checks switched on as a second wall."""
     hold_threads(spec.threads)
+    if spec.batch_invariant:
+        check_process(spec.flags)
     try:
         compiled = _open(package / PACKAGE)
     except Exception as error:  # the loader raises RuntimeError, OSError and zip errors

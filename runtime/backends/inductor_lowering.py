@@ -16,6 +16,7 @@ from runtime.backends.errors import BackendRefused
 from runtime.backends.inductor import PACKAGE
 from runtime.backends.inductor_build import inductor_process
 from runtime.backends.inductor_package import canonicalize, read_package
+from runtime.backends.invariant import recipe_of
 from runtime.backends.lowering import ExportedLowering, target, unknown
 from runtime.backends.protocol import Boundary
 
@@ -37,11 +38,12 @@ class InductorLowering(ExportedLowering):
     @property
     def freezing(self) -> bool:
         """Whether weights are folded in and packed; it changes linear layers from MKL to oneDNN kernels."""
-        return self.options.flags.get("freezing", "false") == "true"
+        packed = self.options.batch_invariant and recipe_of(self.options.flags) == "tile"
+        return self.options.flags.get("freezing", "true" if packed else "false") == "true"
 
     def optimize(self) -> Boundary:
         """Stage 4: graph passes, up to the point where operations are scheduled."""
-        source = self.work / "program.pt2"
+        source, symbols = self.work / "program.pt2", self.options.program_bounds.symbols()
         source.write_bytes(self.program.serialized)
         self._build = inductor_process(
             {
@@ -50,7 +52,7 @@ class InductorLowering(ExportedLowering):
                 "freezing": self.freezing,
                 "metadata": {
                     "replaylab.source": self.program.digest,
-                    **{f"replaylab.range.{k}": f"{v[0]},{v[1]}" for k, v in self.options.bounds.symbols().items()},
+                    **{f"replaylab.range.{k}": f"{v[0]},{v[1]}" for k, v in symbols.items()},
                 },
             },
             self.work,
@@ -94,7 +96,7 @@ class InductorLowering(ExportedLowering):
         canonicalize(package)
         contents = read_package(package)
         programs.check_conserved(
-            contents["symbols"], self.options.bounds, stage="a06", where="the compiled package's checks"
+            contents["symbols"], self.options.program_bounds, stage="a06", where="the compiled package's checks"
         )
         self._isa, self._compiler = contents["isa"], report["compiler"]
         build_us = sum(entry["us"] for entry in report["commands"])

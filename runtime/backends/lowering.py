@@ -12,6 +12,7 @@ import torch
 from manifests.canonical import digest
 from runtime.backends import program as programs
 from runtime.backends.errors import BackendRefused, BuildFailed
+from runtime.backends.invariant import RECIPE, recipe_of
 from runtime.backends.program import StepProgram
 from runtime.backends.protocol import Boundary, BuildOptions
 
@@ -79,7 +80,7 @@ class ExportedLowering:
         """Stage 3: constraints of the program against the declared ones, and the key that names a specialization."""
         exported, options = self.program.exported, self.options
         found = programs.ranges(exported)
-        programs.check_conserved(found, options.bounds, stage="a03", where="the exported program")
+        programs.check_conserved(found, options.program_bounds, stage="a03", where="the exported program")
         guards = sorted(str(guard) for guard in getattr(exported, "_guards_code", ()))
         key = digest(
             {
@@ -89,6 +90,7 @@ class ExportedLowering:
                 "symbols": options.bounds.symbols(),
                 "optimization": options.optimization,
                 "flags": dict(options.flags),
+                "batch_invariant": options.batch_invariant,
                 "threads": options.threads,
                 "isa": torch.backends.cpu.get_cpu_capability(),
                 **({"buckets": options.buckets.document()} if options.buckets else {}),
@@ -117,13 +119,19 @@ class ExportedLowering:
 
     def base_compiler(self) -> dict[str, Any]:
         """Give the compiler manifest's fields that every backend shares."""
+        recipe = {RECIPE: recipe_of(self.options.flags)} if self.options.batch_invariant else {}
         return {
             "backend": self.backend,
             "precision": self.options.precision,
             "exporter": "torch.export",
             "exporter_version": str(torch.__version__),
-            "flags": {"norm": self.options.norm, "build_threads": str(self.options.threads), **self.options.flags},
-            "batch_invariant": False,
+            "flags": {
+                "norm": self.options.norm,
+                "build_threads": str(self.options.threads),
+                **self.options.flags,
+                **recipe,
+            },
+            "batch_invariant": self.options.batch_invariant,
             "runtime_versions": self.versions,
         }
 

@@ -51,7 +51,7 @@ class OrtLowering(ExportedLowering):
     @property
     def settings(self) -> dict[str, str]:
         """Session settings that are pins of the package."""
-        return {**SETTINGS, **{FLAGS[name]: value for name, value in self.options.flags.items()}}
+        return {**SETTINGS, **{FLAGS[name]: value for name, value in self.options.flags.items() if name in FLAGS}}
 
     def capture(self) -> Boundary:
         """Stage 1: the exported program, then its ONNX form with the bounds as metadata."""
@@ -107,7 +107,7 @@ class OrtLowering(ExportedLowering):
     def analyze(self) -> Boundary:
         """Stage 3: the program's constraints, and that ONNX kept the same dimensions."""
         base = super().analyze()
-        onnx_graph.check_dimensions(self._model, self.options.bounds, stage="a03")
+        onnx_graph.check_dimensions(self._model, self.options.program_bounds, stage="a03")
         record = {**base.record, "dynamic_dimensions": onnx_graph.dimensions(self._model)}
         return Boundary({**base.emitted, "onnx_dimensions": onnx_graph.dimensions(self._model)}, record)
 
@@ -119,7 +119,7 @@ class OrtLowering(ExportedLowering):
         self._passes, changed = self._rewrite(source)
         spent = (time.perf_counter_ns() - start) // 1000
         after = onnx.load(str(self._optimized))
-        onnx_graph.check_dimensions(after, self.options.bounds, stage="a04")
+        onnx_graph.check_dimensions(after, self.options.program_bounds, stage="a04")
         comparison = compare_with_reference(self._executor(), self.model_folder)
         if not comparison.within:
             raise BackendRefused(
@@ -226,6 +226,7 @@ class OrtLowering(ExportedLowering):
             precision=self.options.precision,
             threads=self.options.threads,
             providers=self.providers,
+            batch_invariant=self.options.batch_invariant,
         )
         options = session_options(threads=spec.threads, settings=self.settings)
         for name, value in changes.items():

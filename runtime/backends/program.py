@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from manifests.canonical import digest
 from runtime.backends.contract import Bounds, InputContract
 from runtime.backends.errors import BackendRefused, BuildFailed, InputRefused
+from runtime.backends.invariant import tile_of
 from runtime.backends.protocol import BuildOptions
 from runtime.backends.torch_executor import hold_threads
 from runtime.models.config import ModelConfig
@@ -57,13 +58,14 @@ class StepProgram:
 def example_inputs(config: ModelConfig, precision: str) -> tuple[Tensor, ...]:
     """Make the six inputs that the program is traced with; only their shapes matter."""
     batch, tokens, context, slots = EXAMPLE
+    cached = context - tokens  # the layout by position wants columns for the new tokens too
     dtype = PRECISIONS[precision]
     table = torch.arange(config.num_layers * slots * config.kv_width, dtype=torch.float32).remainder(7.0).sub(3.0)
     pool = (table / 4).reshape(config.num_layers * slots, config.kv_width).to(dtype)
     ids = torch.arange(batch * tokens).remainder(config.vocab_size).reshape(batch, tokens)
-    positions = (torch.arange(tokens)[None] + context).expand(batch, tokens).contiguous()
+    positions = (torch.arange(tokens)[None] + cached).expand(batch, tokens).contiguous()
     gathered = torch.arange(batch * context).remainder(slots).reshape(batch, context)
-    return ids, positions, pool, pool.flip(0).contiguous(), gathered, torch.full((batch,), context)
+    return ids, positions, pool, pool.flip(0).contiguous(), gathered, torch.full((batch,), cached)
 
 
 def dynamic_shapes(config: ModelConfig, bounds: Bounds) -> tuple[dict[int, Any], ...]:
@@ -115,13 +117,14 @@ def capture_program(model_folder: Path, options: BuildOptions) -> StepProgram:
     check_bounds(options.bounds)
     hold_threads(options.threads)
     checkpoint = load_checkpoint(model_folder)
-    decoder = build_decoder(checkpoint, options.precision, norm=cast(NormKind, options.norm))
+    tile = tile_of(options.flags) if options.batch_invariant else None
+    decoder = build_decoder(checkpoint, options.precision, norm=cast(NormKind, options.norm), tile=tile)
     inputs = example_inputs(checkpoint.config, options.precision)
     start = time.perf_counter_ns()
     try:
         with torch.no_grad(), quiet_exporters() as noted:
             exported = torch.export.export(
-                decoder, inputs, dynamic_shapes=dynamic_shapes(checkpoint.config, options.bounds)
+                decoder, inputs, dynamic_shapes=dynamic_shapes(checkpoint.config, options.program_bounds)
             )
             held = io.BytesIO()
             torch.export.save(exported, held)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from runtime.backends.buckets import BucketPlan
 from runtime.backends.contract import Bounds, InputContract, Integers
 from runtime.backends.errors import BackendRefused
+from runtime.backends.invariant import program_bounds
 from runtime.models.config import ModelConfig
 
 Floats = NDArray[np.float32]
@@ -81,6 +82,8 @@ class BuildOptions:
     """Execution providers in order of preference; empty is the backend's own choice, written out in the manifest."""
     threads: int = 1
     """Compute threads while building; part of the identity of compiled code."""
+    batch_invariant: bool = False
+    """Whether a row's bits may depend on itself only; the flag `recipe` chooses how."""
     deadline_seconds: int = 600
     """The whole build ends by then or fails as a timeout."""
     buckets: BucketPlan | None = None
@@ -89,6 +92,11 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.buckets is not None:
             object.__setattr__(self, "bounds", self.buckets.narrow(self.bounds))
+
+    @property
+    def program_bounds(self) -> Bounds:
+        """Largest sizes inside the program: in the layout by position, new tokens have columns of the context too."""
+        return program_bounds(self.bounds) if self.batch_invariant else self.bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +113,8 @@ class LoadSpec:
     threads: int = 1
     buckets: BucketPlan | None = None
     """The fixed shapes that the package holds; None where its dimensions are dynamic."""
+    batch_invariant: bool = False
+    """Whether the program wants its calls in the layout by position (`invariant.arrange`)."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from runtime.backends.buckets import default_plan
 from runtime.backends.errors import BackendMissing, BackendRefused
+from runtime.backends.invariant import RECIPE, RECIPES
 from runtime.backends.protocol import (
     Ability,
     Backend,
@@ -102,6 +103,10 @@ class InstalledBackend:
         require(self.name, self.abilities, options.precision)
         self._among("optimization", options.optimization, self.levels)
         self._among("norm", options.norm, ("fused", "unfused"))
+        if options.batch_invariant:
+            require(self.name, self.abilities, "batch_invariant")
+        elif RECIPE in options.flags:
+            self._among("flag recipe without batch_invariant", options.flags[RECIPE], ())
         for name, value in options.flags.items():
             self._among("flag", name, tuple(self.flags))
             self._among(f"flag {name}", value, self.flags[name])
@@ -137,7 +142,7 @@ EAGER = InstalledBackend(
         optimization_levels=_never("eager torch rewrites nothing"),
         reproducible_build=YES,
         reproducible_steps=YES,
-        batch_invariant=_not_ours("needs MKL's strict mode or packed oneDNN linears"),
+        batch_invariant=YES,
         own_process=_not_ours("steps run in the engine's process"),
         one_shot_models=_not_ours("only the functional step is loaded"),
     ),
@@ -145,7 +150,7 @@ EAGER = InstalledBackend(
     runtime_libraries=("torch",),
     lowering="runtime.backends.eager_lowering:EagerLowering",
     loader="runtime.backends.eager:load_eager",
-    flags={},
+    flags={RECIPE: RECIPES},
 )
 ONNXRUNTIME = InstalledBackend(
     name="onnxruntime",
@@ -160,7 +165,7 @@ ONNXRUNTIME = InstalledBackend(
         optimization_levels=YES,
         reproducible_build=YES,
         reproducible_steps=YES,
-        batch_invariant=_not_ours("decode batches are invariant by default; padding and chunks need a recipe"),
+        batch_invariant=YES,
         own_process=_not_ours("steps run in the engine's process"),
         one_shot_models=_not_ours("only the functional step is loaded"),
     ),
@@ -169,7 +174,7 @@ ONNXRUNTIME = InstalledBackend(
     lowering="runtime.backends.onnxruntime_lowering:OrtLowering",
     loader="runtime.backends.onnxruntime:load_onnxruntime",
     levels=("default", "disable", "basic", "extended", "layout", "all"),
-    flags={"disable_prepacking": ("0", "1")},
+    flags={"disable_prepacking": ("0", "1"), RECIPE: ("tile",)},
     providers=("CPUExecutionProvider",),
 )
 INDUCTOR = InstalledBackend(
@@ -183,7 +188,7 @@ INDUCTOR = InstalledBackend(
         optimization_levels=_not_theirs("an ahead-of-time package is always compiled with -O3"),
         reproducible_build=YES,
         reproducible_steps=YES,
-        batch_invariant=_not_ours("freezing=true makes decode batches invariant; padding and chunks need a recipe"),
+        batch_invariant=YES,
         own_process=_not_ours("compiling runs in a child; steps run in the engine's process"),
         one_shot_models=_not_ours("only the functional step is loaded"),
     ),
@@ -191,7 +196,7 @@ INDUCTOR = InstalledBackend(
     runtime_libraries=("torch",),
     lowering="runtime.backends.inductor_lowering:InductorLowering",
     loader="runtime.backends.inductor:load_inductor",
-    flags={"freezing": ("false", "true")},
+    flags={"freezing": ("false", "true"), RECIPE: RECIPES},
 )
 BACKENDS: tuple[InstalledBackend, ...] = (EAGER, ONNXRUNTIME, INDUCTOR)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from runtime.models.config import ModelConfig, ModelRefused, read_config
 from runtime.models.decoder import Decoder, NormKind
+from runtime.models.invariant import InvariantDecoder
 
 IDENTITY_FILES = ("config.json", "tokenizer.json")
 
@@ -115,7 +116,18 @@ def _layer_weights(source: dict[str, Tensor], config: ModelConfig, index: int) -
     return out
 
 
-def build_decoder(checkpoint: Checkpoint, precision: str = "float32", *, norm: NormKind = "fused") -> Decoder:
+def new_decoder(
+    config: ModelConfig, precision: str = "float32", *, norm: NormKind = "fused", tile: int | None = None
+) -> Decoder:
+    """Make the functional step without weights; with a tile, the one whose rows' bits are their own."""
+    if tile is None:
+        return Decoder(config, precision, norm=norm)
+    return InvariantDecoder(config, precision, norm=norm, tile=tile)
+
+
+def build_decoder(
+    checkpoint: Checkpoint, precision: str = "float32", *, norm: NormKind = "fused", tile: int | None = None
+) -> Decoder:
     """Fill the functional step with a checkpoint's weights; a missing, spare or misshapen tensor is refused by name."""
     config, source = checkpoint.config, checkpoint.weights()
     try:
@@ -135,7 +147,7 @@ def build_decoder(checkpoint: Checkpoint, precision: str = "float32", *, norm: N
             fix="check that config.json belongs to these weights",
             evidence={"unused": spare[:20]},
         )
-    decoder = Decoder(config, precision, norm=norm)
+    decoder = new_decoder(config, precision, norm=norm, tile=tile)
     try:
         decoder.load_state_dict(state, strict=True)
     except RuntimeError as error:

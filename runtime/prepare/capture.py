@@ -65,6 +65,7 @@ def read_options(document: Mapping[str, Any]) -> BuildOptions:
         bounds=Bounds(max_batch=symbols["B"][1], max_tokens=symbols["T"][1], max_context=symbols["S"][1]),
         threads=document["threads"],
         buckets=BucketPlan.from_document(document["buckets"]) if document.get("buckets") else None,
+        batch_invariant=document.get("batch_invariant", False),
     )
 
 
@@ -79,4 +80,5 @@ def options_document(options: BuildOptions) -> dict[str, Any]:
         "symbols": options.bounds.symbols(),
         "threads": options.threads,
         **({"buckets": options.buckets.document()} if options.buckets else {}),
+        "batch_invariant": options.batch_invariant,
     }

@@ -22,6 +22,7 @@ EPILOG = """\
 examples:
   replaylab prepare runtime/models/reference --backend onnxruntime --name desk
   replaylab prepare runtime/models/reference --backend inductor --flag freezing=true --json
+  replaylab prepare runtime/models/reference --backend onnxruntime --batch-invariant
   replaylab prepare runtime/models/reference --like desk
 
 exit codes: 0 prepared and ready, 1 rebuilt with --like and something differs,
@@ -42,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimization", default="default", metavar="LEVEL", help="the backend's own level name")
     parser.add_argument(
         "--flag", action="append", default=[], metavar="NAME=VALUE", help="backend setting; may be repeated"
+    )
+    parser.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="bits of a row depend on nothing but itself, at some cost; --flag recipe=tile (default) or strict",
     )
     parser.add_argument("--provider", action="append", default=[], metavar="NAME", help="execution provider, in order")
     parser.add_argument("--threads", type=int, default=1, help="compute threads, a pin (default: %(default)s)")
@@ -137,6 +143,7 @@ def _options(arguments: argparse.Namespace, store: PackageStore) -> BuildOptions
         ),
         threads=arguments.threads,
         deadline_seconds=arguments.deadline,
+        batch_invariant=arguments.batch_invariant,
     )
 
 

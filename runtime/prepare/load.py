@@ -84,6 +84,7 @@ def load_package(store: PackageStore, digest: str, *, threads: int = 1) -> Loade
         providers=manifest.compiler.execution_providers,
         threads=threads,
         buckets=BucketPlan.from_document(manifest.contract["buckets"]) if "buckets" in manifest.contract else None,
+        batch_invariant=manifest.compiler.batch_invariant,
     )
     folder = store.path(package_digest)
     executor = backend_named(manifest.compiler.backend).load(folder, spec)

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 from runtime.backends.fixture import Comparison, FixtureOutput, compare, fixture_tokens, run_fixture
 from runtime.backends.protocol import Executor
 from runtime.prepare.errors import WarmupRefused
-from runtime.prepare.invariance import probe_invariance
+from runtime.prepare.invariance import AXES, probe_invariance
+from runtime.prepare.kernels import varying_kernels
 from runtime.prepare.load import Loaded, LoadedModel
 from runtime.prepare.package import FIXTURES
 from runtime.prepare.stage import StageOutcome
@@ -53,6 +54,8 @@ def run(received: Loaded, *, store: PackageStore) -> StageOutcome[Warmed]:
     first_us = (time.perf_counter_ns() - start) // 1000
     latency = measure_latency(model.executor)
     invariance = probe_invariance(model.executor)
+    kernels = varying_kernels(model.compiler, received.packaged.manifest.stages[5].record["kernel_inventory"])
+    check_invariance(model, invariance, kernels)
     compiled = compilations() - compiled_before
     warmed = Warmed(model, output.digests(), invariance, ready=compiled == 0)
     if not warmed.ready:
@@ -68,9 +71,33 @@ def run(received: Loaded, *, store: PackageStore) -> StageOutcome[Warmed]:
         "steady_state_us": latency["steady_us"],
         "compilation_cache_events": {"compilations": compiled},
         "output_comparison": comparison.document(),
-        "readiness_decision": {"ready": True, "invariance": invariance},
+        "readiness_decision": {"ready": True, "invariance": invariance, "varying_kernels": kernels},
     }
     return StageOutcome(warmed, record)
+
+
+def check_invariance(model: LoadedModel, invariance: Mapping[str, Any], kernels: Mapping[str, str]) -> None:
+    """Refuse a package that was asked to be batch-invariant and is not, or on a machine where that cannot be seen."""
+    if not model.compiler.batch_invariant:
+        return
+    varying = [axis for axis in AXES if invariance[axis] != "equal"]
+    blind = invariance["control"] != "differs"
+    if varying or blind:
+        found = ", ".join(f"{axis} ({invariance['rows'].get(axis, 'not tried')})" for axis in varying)
+        raise WarmupRefused(
+            f"bits of the batch-invariant package depend on: {found}"
+            if varying
+            else "the probe shows no difference even where one is known: invariance cannot be told on this machine",
+            fix="prepare without the flags that select other kernels, or without batch_invariant"
+            if varying
+            else "prepare without batch_invariant",
+            evidence={
+                "artifact_digest": model.digest,
+                "validation_output": f"{dict(invariance)}",
+                "operator_details": ", ".join(kernels) or "none known",
+            },
+            stage="a09",
+        )
 
 
 def validate(model: LoadedModel, store: PackageStore) -> tuple[FixtureOutput, Comparison]:

@@ -1,0 +1,218 @@
+"""A batch-invariant package answers a row with the same bits in any company, chunking, padding and recomputation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from manifests.scheduling import SchedulingManifest
+from runtime.backends.errors import BackendRefused
+from runtime.backends.protocol import BuildOptions, Executor
+from runtime.engine.playback import PlanPlayer
+from runtime.prepare.errors import WarmupRefused
+from runtime.prepare.invariance import AXES
+from runtime.prepare.load import LoadedModel, load_package
+from runtime.prepare.pipeline import PreparedPackage, prepare
+from runtime.prepare.store import PackageStore
+from tests.runtime.engine.recorded import record, requests_with_shared_prefixes
+from tests.runtime.engine.toy import ToyModel
+from tests.runtime.prepare.conftest import BOUNDS
+
+Loader = Callable[..., LoadedModel]
+QUICK = [("eager", "float32"), ("eager", "bfloat16"), ("onnxruntime", "float32")]
+ALL = [*QUICK, pytest.param("inductor", "float32", marks=pytest.mark.slow)]
+LENGTHS = (1, 5, 17, 40, 64, 64, 33)
+SLOTS = 512
+
+
+@pytest.fixture(scope="module")
+def packages(model_folder: Path, store: PackageStore) -> Callable[..., PreparedPackage]:
+    """Prepare on first use."""
+    made: dict[Any, PreparedPackage] = {}
+
+    def get(backend: str, precision: str = "float32", *, invariant: bool = True) -> PreparedPackage:
+        key = (backend, precision, invariant)
+        if key not in made:
+            options = BuildOptions(precision=precision, bounds=BOUNDS, batch_invariant=invariant)
+            made[key] = prepare(model_folder, backend=backend, store=store, options=options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def loaded(packages: Callable[..., PreparedPackage], store: PackageStore) -> Loader:
+    """Load on first use."""
+    made: dict[Any, LoadedModel] = {}
+
+    def get(backend: str, precision: str = "float32", *, invariant: bool = True) -> LoadedModel:
+        digest = packages(backend, precision, invariant=invariant).digest
+        if digest not in made:
+            made[digest] = load_package(store, digest)
+        return made[digest]
+
+    return get
+
+
+class Sessions:
+    """Some sequences, each answered whole and alone; then again in random compositions."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+        draw = np.random.default_rng(7)
+        self.tokens = [draw.integers(0, executor.config.vocab_size, length) for length in LENGTHS]
+        self.reference = [self._alone(tokens) for tokens in self.tokens]
+
+    def _alone(self, tokens: Any) -> tuple[Any, Any]:
+        count = len(tokens)
+        pool = self.executor.new_pool(SLOTS)
+        none = np.zeros(1, dtype=np.int64)
+        out = self.executor.step(tokens[None], np.arange(count)[None], np.zeros((1, 1), dtype=np.int64), none, pool)
+        rows = np.zeros(count, dtype=np.int64)
+        pool.write(np.arange(count), out.new_k, out.new_v, rows=rows, columns=np.arange(count))
+        return np.array(out.logits[0]), pool.read(np.arange(count))
+
+    def differing(self, seed: int) -> list[str]:
+        """Compose at random until all are through; name each token whose logits, or row whose cache, differ."""
+        draw = np.random.default_rng(seed)
+        pool = self.executor.new_pool(SLOTS)
+        places = np.split(draw.permutation(SLOTS), np.cumsum(LENGTHS))
+        done = [0] * len(LENGTHS)
+        found: list[str] = []
+        longest = int(draw.choice([1, 3, 16, 64]))
+        while left := [number for number, length in enumerate(LENGTHS) if done[number] < length]:
+            chosen = [int(n) for n in draw.permutation(left)[: draw.integers(1, len(left) + 1)]]
+            counts = [int(draw.integers(1, min(longest, LENGTHS[n] - done[n]) + 1)) for n in chosen]
+            batch = min(len(chosen) + int(draw.integers(0, 9)), BOUNDS.max_batch)
+            rows = draw.permutation(batch)[: len(chosen)]
+            width = min(max(counts) + int(draw.choice([0, 0, 3, 15])), BOUNDS.max_tokens)
+            context = max(1, max(done[n] for n in chosen)) + int(draw.choice([0, 0, 24, 63]))
+            inputs = self._noise(draw, batch, width, context)
+            for row, number, count in zip(rows, chosen, counts, strict=True):
+                start = done[number]
+                inputs[0][row, :count] = self.tokens[number][start : start + count]
+                inputs[1][row] = np.minimum(np.arange(start, start + width), 511)
+                inputs[2][row, :start] = places[number][:start]
+                inputs[3][row] = start
+            out = self.executor.step(*inputs, pool)
+            for row, number, count in zip(rows, chosen, counts, strict=True):
+                start, columns = done[number], np.arange(count)
+                wanted = self.reference[number][0][start : start + count]
+                same = (out.logits[row, :count] == wanted).all(axis=1)
+                found += [f"sequence {number} token {start + n}" for n in columns[~same]]
+                where = np.full(count, row, dtype=np.int64)
+                pool.write(places[number][start : start + count], out.new_k, out.new_v, rows=where, columns=columns)
+                done[number] += count
+        for number, length in enumerate(LENGTHS):
+            cached = pool.read(places[number][:length])
+            pairs = zip(cached, self.reference[number][1], strict=True)
+            if not all(np.array_equal(one, other) for one, other in pairs):
+                found.append(f"sequence {number} cache")
+        return found
+
+    def _noise(self, draw: Any, batch: int, width: int, context: int) -> tuple[Any, Any, Any, Any]:
+        """Fill all rows with other requests' content."""
+        return (
+            draw.integers(0, self.executor.config.vocab_size, (batch, width)),
+            draw.integers(0, 512, (batch, width)),
+            draw.integers(0, SLOTS, (batch, context)),
+            draw.integers(0, context + 1, batch),
+        )
+
+
+@pytest.fixture(scope="module")
+def sessions(loaded: Loader) -> Callable[..., Sessions]:
+    made: dict[Any, Sessions] = {}
+
+    def get(backend: str, precision: str, *, invariant: bool = True) -> Sessions:
+        key = (backend, precision, invariant)
+        if key not in made:
+            made[key] = Sessions(loaded(backend, precision, invariant=invariant).executor)
+        return made[key]
+
+    return get
+
+
+@pytest.mark.parametrize(("backend", "precision"), ALL)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32 - 1))
+def test_no_composition_reaches_a_rows_bits(
+    sessions: Callable[..., Sessions], backend: str, precision: str, seed: int
+) -> None:
+    assert sessions(backend, precision).differing(seed) == []
+
+
+@pytest.mark.parametrize(("backend", "precision"), QUICK)
+def test_the_same_compositions_reach_the_bits_without_the_recipe(
+    sessions: Callable[..., Sessions], backend: str, precision: str
+) -> None:
+    """The negative control: were it blind, the test above would prove nothing."""
+    assert any(sessions(backend, precision, invariant=False).differing(seed) for seed in range(3))
+
+
+@pytest.mark.parametrize(("backend", "precision"), ALL)
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**16), running=st.sampled_from([2, 5, 8]), chunk=st.sampled_from([0, 16, 23]))
+def test_what_an_engine_answered_in_company_each_request_answers_alone(
+    loaded: Loader, backend: str, precision: str, seed: int, running: int, chunk: int
+) -> None:
+    """Chunked prefill, prefix hits, preemption, recompute: all logits have the bits of an idle engine."""
+    model = loaded(backend, precision)
+    scheduling = SchedulingManifest(
+        max_num_seqs=running, max_num_batched_tokens=48, num_blocks=14, long_prefill_token_threshold=chunk
+    )
+    asked = requests_with_shared_prefixes(8, seed=seed, vocab_size=320, longest_output=20)
+    recording = record(ToyModel(model.executor), scheduling, asked)
+    player = PlanPlayer(model.executor, None, scheduling, recording.plans, recording.sequences)
+    exact = [
+        player.replay(request, "alone").document() == result.document()
+        for request, result in zip(asked, recording.results, strict=True)
+    ]
+    assert exact == [True] * len(asked)
+
+
+@pytest.mark.parametrize(
+    ("backend", "flags"),
+    [
+        ("onnxruntime", {"disable_prepacking": "1"}),
+        pytest.param("inductor", {"freezing": "false"}, marks=pytest.mark.slow),
+    ],
+)
+def test_stage_nine_refuses_a_setting_under_which_rows_vary(
+    model_folder: Path, store: PackageStore, backend: str, flags: dict[str, str]
+) -> None:
+    options = BuildOptions(bounds=BOUNDS, batch_invariant=True, flags=flags)
+    with pytest.raises(WarmupRefused, match=r"depend on: .*batch \(\d+/\d+\)") as refused:
+        prepare(model_folder, backend=backend, store=store, options=options)
+    assert refused.value.stage == "a09"
+    assert "batch" in refused.value.evidence["validation_output"]
+
+
+def test_a_recipe_needs_the_mode_and_strict_needs_its_environment(model_folder: Path, store: PackageStore) -> None:
+    with pytest.raises(BackendRefused, match="recipe without batch_invariant"):
+        prepare(model_folder, backend="eager", store=store, options=BuildOptions(flags={"recipe": "tile"}))
+    strict = BuildOptions(bounds=BOUNDS, batch_invariant=True, flags={"recipe": "strict"})
+    with pytest.raises(BackendRefused, match="MKL_CBWR is unset"):
+        prepare(model_folder, backend="eager", store=store, options=strict)
+
+
+@pytest.mark.parametrize(("backend", "precision"), [("eager", "float32"), ("onnxruntime", "float32")])
+def test_the_record_says_what_bits_depend_on_and_which_kernels_vary(
+    packages: Callable[..., PreparedPackage], backend: str, precision: str
+) -> None:
+    decided = {
+        invariant: packages(backend, precision, invariant=invariant).reports[-1].record["readiness_decision"]
+        for invariant in (False, True)
+    }
+    assert {decided[True]["invariance"][axis] for axis in AXES} == {"equal"}
+    assert decided[True]["varying_kernels"] == {}
+    assert decided[False]["invariance"]["recompute"] == "differs"
+    assert "attention" in decided[False]["varying_kernels"]
+    assert ("mkl sgemm" in decided[False]["varying_kernels"]) == (backend == "eager")
+    assert decided[False]["invariance"]["control"] == "differs"
