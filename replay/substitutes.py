@@ -22,6 +22,8 @@ class Way(StrEnum):
 
     PACKAGE = "package"
     """Another prepared package of the same model runs."""
+    VERSION = "version"
+    """The worker runs in an environment of its own that has this version of a library."""
     WORKER = "worker"
     """The worker process starts with another environment or number of threads."""
     RESCHEDULE = "reschedule"
@@ -36,12 +38,25 @@ class Way(StrEnum):
 
 TOOL_RESULT = "tools.result."
 
+VERSIONED: dict[str, tuple[str, ...]] = {
+    "executorch": ("executorch",),
+    "iree": ("iree-base-compiler", "iree-base-runtime"),
+    "jax": ("jax", "jaxlib"),
+    "onnx": ("onnx",),
+    "onnxruntime": ("onnxruntime",),
+    "onnxscript": ("onnxscript",),
+    "torch": ("torch",),
+}
+"""`compiler.NAME=VERSION`: what of a toolchain can run in another version, and the distributions that make it up."""
+
 _WAYS: dict[str, Way] = {
     "artifact.package_digest": Way.PACKAGE,
+    "artifact.quantization": Way.PACKAGE,
     "compiler.backend": Way.PACKAGE,
     "compiler.precision": Way.PACKAGE,
     "compiler.optimization_level": Way.PACKAGE,
     "compiler.flags": Way.PACKAGE,
+    "compiler.execution_providers": Way.PACKAGE,
     "compiler.batch_invariant": Way.PACKAGE,
     "hardware.threads": Way.WORKER,
     "hardware.environment": Way.WORKER,
@@ -70,7 +85,8 @@ _REASONS = {
 
 _FIXES = {
     "artifact": "Set artifact.package_digest to a package that `replaylab packages list` shows.",
-    "compiler": "Set compiler.backend, compiler.precision, compiler.optimization_level or compiler.flags.NAME.",
+    "compiler": "Set compiler.backend, compiler.precision, compiler.optimization_level, compiler.execution_providers, "
+    f"compiler.flags.NAME, or a version: {', '.join(f'compiler.{name}' for name in VERSIONED)}.",
     "hardware": "Set hardware.threads or hardware.environment.NAME.",
     "scheduling": "Set another scheduling field.",
     "generation": "Set seed, temperature, top_k, top_p or max_tokens.",
@@ -97,6 +113,13 @@ class Substitution:
         """The same as it is written on the command line."""
         return f"{self.pin}={self.value}"
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The fields of the pins that it sets: a library's version is one of `compiler.runtime_versions`."""
+        if self.way is not Way.VERSION:
+            return (self.pin,)
+        return tuple(f"compiler.runtime_versions.{name}" for name in VERSIONED[self.pin.removeprefix("compiler.")])
+
 
 def parse_substitutions(settings: Sequence[str]) -> tuple[Substitution, ...]:
     """Read the `--set` options in order; PinRefused names the first that cannot be brought about."""
@@ -120,6 +143,8 @@ def way_of(pin: str) -> Way:
     field = f"{dimension}.{rest.partition('.')[0]}"
     if field in _WAYS:
         return _WAYS[field]
+    if dimension == "compiler" and rest in VERSIONED:
+        return Way.VERSION
     if dimension == "scheduling" and rest and rest != "engine_id":
         return Way.RESCHEDULE
     if dimension not in _REASONS:
@@ -136,7 +161,8 @@ def apply_to_pins(pins: Pins, substitutions: Iterable[Substitution], *, ways: fr
         if substitution.way in (Way.RETRIEVAL, Way.TOOL_RESULT) or (ways is not None and substitution.way not in ways):
             continue
         try:
-            pins = pins.set(substitution.pin, substitution.value)
+            for path in substitution.paths:
+                pins = pins.set(path, substitution.value)
         except ManifestError as error:
             message = str(error).removeprefix(f"{substitution.pin}: ").split(". ")[0]
             raise PinRefused(message, pin=substitution.pin, fix=error.fix) from None
@@ -182,7 +208,8 @@ def pin_changes(
     if original is not None and replay is not None:
         for difference in diff(original, replay):
             if not any(difference.path.startswith(pin) for pin in OBSERVED):
-                asked = any(difference.path == one.pin or difference.path.startswith(f"{one.pin}.") for one in chosen)
+                paths = [path for one in chosen for path in one.paths]
+                asked = any(difference.path == path or difference.path.startswith(f"{path}.") for path in paths)
                 change = {"pin": difference.path, "original": difference.left, "replay": difference.right}
                 found.append(change | {"set": asked})
     results = (one for one in chosen if one.way is Way.TOOL_RESULT)

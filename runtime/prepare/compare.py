@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from manifests.preparation import PreparationManifest
 from runtime.prepare.manifest import PackageManifest
@@ -18,7 +18,7 @@ def compare_packages(store: PackageStore, left: str, right: str) -> dict[str, An
     one, two = store.verify(left), store.verify(right)
     differences: list[dict[str, str]] = []
     for section in ("artifact", "compiler", "config", "contract", "envelope", "files", "fixture", "options"):
-        _differ(section, _section(one, section), _section(two, section), differences)
+        differ(section, _section(one, section), _section(two, section), differences)
     return {
         "equal": left == right,
         "left": left,
@@ -55,12 +55,23 @@ def _section(manifest: PackageManifest, name: str) -> Any:
     return manifest.to_document()[name]
 
 
-def _differ(path: str, left: Any, right: Any, found: list[dict[str, str]]) -> None:
+def differ(path: str, left: Any, right: Any, found: list[dict[str, str]]) -> None:
+    """Add each field that is not the same on both sides: mappings by name, lists of one length by place."""
     if left == right:
         return
     if isinstance(left, dict) and isinstance(right, dict):
         for key in sorted({*left, *right}):  # pyright: ignore[reportUnknownArgumentType]
-            _differ(f"{path}.{key}", left.get(key), right.get(key), found)
+            differ(f"{path}.{key}", left.get(key), right.get(key), found)
+        return
+    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+        ours, theirs = list(cast("list[Any]", left)), list(cast("list[Any]", right))
+        if len(ours) == len(theirs):
+            for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+                differ(f"{path}[{place}]", one, other, found)
+            return
+        found.append(
+            {"field": path, "left": f"{len(ours)}: {_short(ours)}", "right": f"{len(theirs)}: {_short(theirs)}"}
+        )
         return
     found.append({"field": path, "left": _short(left), "right": _short(right)})
 

@@ -23,6 +23,7 @@ from runtime.models.loader import Checkpoint, load_checkpoint
 from runtime.prepare.capture import Source, options_document
 from runtime.prepare.lower import Lowered
 from runtime.prepare.manifest import PackageManifest, config_document
+from runtime.prepare.reproducible import reproducible_build
 from runtime.prepare.stage import Journal, StageOutcome
 from runtime.prepare.store import PackageStore, file_entry
 
@@ -82,6 +83,7 @@ def run(received: Lowered, *, store: PackageStore, journal: Journal) -> StageOut
             "builder": f"replaylab {importlib.metadata.version('replaylab')}",
             "source": checkpoint.digest,
             "stages": [stage.output_digest for stage in manifest.stages],
+            "reproducible_build": reproducible_build(source.backend.name, source.options),
         },
     }
     return StageOutcome(Packaged(source, package_digest, store.path(package_digest), manifest), record)

@@ -16,6 +16,7 @@ from runtime.backends.registry import backend_named
 from runtime.models.loader import load_checkpoint
 from runtime.prepare import analyze, capture, load, lower, optimize, package, partition, represent, warm
 from runtime.prepare.manifest import PackageManifest
+from runtime.prepare.sources import remember_source
 from runtime.prepare.stage import Journal, StageRecorder, StageReport
 from runtime.prepare.store import PackageStore
 from traces.stages import Stage
@@ -65,6 +66,7 @@ def prepare(
     preparation = describe_preparation(packaged.manifest, checkpoint.digest, journal)
     store.write_baseline(packaged.digest, baseline_document(journal))
     store.write_preparation(packaged.digest, preparation)
+    remember_source(store, checkpoint.digest, model_folder)
     return PreparedPackage(packaged.digest, packaged.path, packaged.manifest, preparation, tuple(journal.reports))
 
 

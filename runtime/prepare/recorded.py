@@ -11,6 +11,8 @@ from runtime.backends.protocol import BuildOptions
 from runtime.prepare.pipeline import PreparedPackage, prepare
 from runtime.prepare.stage import StageReport
 from runtime.prepare.store import PackageStore
+from runtime.probe import probe
+from traces.failures import ClassifiedError
 from traces.recorder import Recorder
 from traces.stages import Stage
 
@@ -47,7 +49,8 @@ def prepare_recorded(
         "precision": options.precision,
     }
     with Recorder(ledger, run_id=f"run_{uuid7().hex}", component=component) as recorder:
-        recorder.commit("run.started", payload=started, track="A")
+        hardware = recorder.put_blob(probe(threads=options.threads).canonical())
+        recorder.commit("run.started", payload=started, track="A", input_ref=hardware)
         try:
             prepared = prepare(
                 model,
@@ -61,7 +64,15 @@ def prepare_recorded(
             if name is not None:
                 store.set_alias(name, prepared.digest)
         except BaseException as error:
-            recorder.commit("run.completed", payload={"error": type(error).__name__}, track="A", status="error")
+            failed = error if isinstance(error, ClassifiedError) else None
+            recorder.commit(
+                "run.completed",
+                payload={"error": type(error).__name__},
+                track="A",
+                status="error",
+                failure_class=failed.failure_class if failed else None,
+                error_type=failed.error_type if failed else None,
+            )
             raise
         recorder.commit(
             "run.completed",

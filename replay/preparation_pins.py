@@ -1,0 +1,113 @@
+"""What does `--set` change in a preparation?  Each setting is one choice that the nine stages were given.
+
+compiler.backend, compiler.precision (or artifact.quantization), compiler.optimization_level,
+compiler.execution_providers=A,B, compiler.flags.NAME, compiler.bounds.max_batch (max_tokens, max_context),
+hardware.threads, and versions of a toolchain: compiler.onnxruntime, compiler.torch, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from manifests.errors import ManifestError
+from manifests.run import parse_setting
+from replay.errors import PinRefused
+from replay.substitutes import VERSIONED, Substitution, Way, way_of
+
+if TYPE_CHECKING:
+    from runtime.backends.protocol import BuildOptions
+
+BOUNDS, FLAGS = "compiler.bounds.", "compiler.flags."
+BOUND_NAMES = ("max_batch", "max_tokens", "max_context")
+SETTABLE = (
+    "compiler.backend",
+    "compiler.precision",
+    "artifact.quantization",
+    "compiler.optimization_level",
+    "compiler.execution_providers",
+    "compiler.flags.NAME",
+    *(f"{BOUNDS}{name}" for name in BOUND_NAMES),
+    "hardware.threads",
+    *(f"compiler.{name}" for name in VERSIONED),
+)
+
+
+def parse_choices(settings: Sequence[str]) -> tuple[Substitution, ...]:
+    """Read the `--set` options for a preparation; PinRefused names the first that is none of its choices."""
+    chosen: list[Substitution] = []
+    for setting in settings:
+        try:
+            pin, value = parse_setting(setting)
+        except ManifestError as error:
+            raise PinRefused("this is not a setting", pin=setting, fix=error.fix) from None
+        if any(earlier.pin == pin for earlier in chosen):
+            raise PinRefused("is set twice", pin=pin, fix="Give each pin one value.")
+        chosen.append(Substitution(pin=pin, value=value, way=_way(pin)))
+    return tuple(chosen)
+
+
+def change_options(
+    backend: str, options: BuildOptions, choices: Iterable[Substitution]
+) -> tuple[str, BuildOptions]:
+    """Return backend and options with the choices made; PinRefused for a value that cannot be read.
+
+    Another backend starts from its own level, flags and providers: those of the first one mean nothing to it.
+    """
+    chosen = tuple(choices)
+    other = next((one.value for one in chosen if one.pin == "compiler.backend"), backend)
+    if other != backend:
+        options = replace(options, optimization="default", flags={}, providers=())
+    for one in chosen:
+        options = _with(options, one)
+    return other, options
+
+
+def _with(options: BuildOptions, one: Substitution) -> BuildOptions:
+    if one.pin.startswith(FLAGS):
+        name = one.pin.removeprefix(FLAGS).removeprefix("session.")
+        if name == "norm":
+            return replace(options, norm=one.value)
+        return replace(options, flags={**options.flags, name: one.value})
+    if one.pin.startswith(BOUNDS):
+        bound = {one.pin.removeprefix(BOUNDS): _whole(one)}
+        return replace(options, bounds=replace(options.bounds, **bound))
+    match one.pin:
+        case "compiler.precision":
+            return replace(options, precision=one.value)
+        case "artifact.quantization":
+            return replace(options, precision="float32" if one.value == "none" else one.value)
+        case "compiler.optimization_level":
+            return replace(options, optimization=one.value)
+        case "compiler.execution_providers":
+            return replace(options, providers=tuple(filter(None, (word.strip() for word in one.value.split(",")))))
+        case "hardware.threads":
+            return replace(options, threads=_whole(one))
+        case _:
+            return options
+
+
+def _way(pin: str) -> Way:
+    if pin.startswith(BOUNDS) and pin.removeprefix(BOUNDS) in BOUND_NAMES:
+        return Way.PACKAGE
+    try:
+        way = way_of(pin)
+    except PinRefused:
+        way = None
+    preparing = way in (Way.PACKAGE, Way.VERSION) and pin not in ("artifact.package_digest", "compiler.batch_invariant")
+    if way is not None and (preparing or pin == "hardware.threads"):
+        return way
+    raise PinRefused("is no choice of a preparation", pin=pin, fix=f"Its choices are {', '.join(SETTABLE)}.")
+
+
+def _whole(one: Substitution) -> int:
+    try:
+        value = int(one.value)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise PinRefused(f"{one.value!r} is not a whole number above 0", pin=one.pin)
+    return value
+
+
