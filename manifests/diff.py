@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
+from manifests.base import Manifest
 from manifests.run import DIMENSIONS, Pins
 
 
@@ -30,14 +31,20 @@ def diff(left: Pins, right: Pins) -> tuple[PinDifference, ...]:
     """List every pin that differs, in the order of dimensions and fields."""
     found: list[PinDifference] = []
     for dimension in DIMENSIONS:
-        first, second = left.dimension(dimension), right.dimension(dimension)
-        if first == second:
-            continue
-        document, other = first.to_document(), second.to_document()
-        for field in document:
-            for name, one, two in _descend(field, document[field], other[field]):
-                found.append(PinDifference(dimension, name, one, two))
+        found.extend(diff_dimension(dimension, left.dimension(dimension), right.dimension(dimension)))
     return tuple(found)
+
+
+def diff_dimension(dimension: str, left: Manifest, right: Manifest) -> tuple[PinDifference, ...]:
+    """List every pin of one dimension that differs, in the order of its fields; both are documents of one kind."""
+    if left == right:
+        return ()
+    document, other = left.to_document(), right.to_document()
+    return tuple(
+        PinDifference(dimension, name, one, two)
+        for field in document
+        for name, one, two in _descend(field, document[field], other[field])
+    )
 
 
 def _descend(name: str, left: Any, right: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -25,6 +25,7 @@ class RunSummary:
     outcomes    terminal status to how often
     verdicts    of a replay: verdict to how often
     parent      of a replay: the run whose requests were run again
+    subject     of a preparation: model, backend and precision
     """
 
     run_id: str
@@ -37,6 +38,7 @@ class RunSummary:
     parent: str | None = None
     mode: str | None = None
     workload: str | None = None
+    subject: str | None = None
 
     def to_document(self) -> dict[str, Any]:
         """Return the JSON form that `replay list --json` prints."""
@@ -51,6 +53,7 @@ class RunSummary:
             "parent": self.parent,
             "mode": self.mode,
             "workload": self.workload,
+            "subject": self.subject,
         }
 
 
@@ -112,14 +115,28 @@ def list_runs(ledger: Ledger) -> list[RunSummary]:
                 started_us=event.ts_us,
                 ended_us=ends[-1].ts_us if ends else None,
                 requests=len(accepted.get(run_id, [])),
-                outcomes=Counter(str(end.status or "unknown") for end in terminal.get(run_id, [])),
+                outcomes=_outcomes(event, terminal.get(run_id, []), ends),
                 verdicts=Counter(str(one.payload.get("verdict")) for one in verdicts.get(run_id, [])),
                 parent=event.payload.get("parent_run"),
                 mode=event.payload.get("mode"),
                 workload=event.payload.get("workload"),
+                subject=_subject(event),
             )
         )
     return sorted(runs, key=lambda run: run.started_us, reverse=True)
+
+
+def _outcomes(started: TraceEvent, terminal: list[TraceEvent], ends: list[TraceEvent]) -> Counter[str]:
+    """Count how requests ended, or say how a preparation did."""
+    counted = terminal if kind_of(started) != "preparation" else ends[-1:]
+    return Counter(str(end.status or "unknown") for end in counted)
+
+
+def _subject(started: TraceEvent) -> str | None:
+    """Say what a preparation prepared."""
+    if kind_of(started) != "preparation" and started.payload.get("of") != "preparation":
+        return None
+    return " ".join(str(started.payload[name]) for name in ("model", "backend", "precision") if name in started.payload)
 
 
 def list_requests(ledger: Ledger, run_id: str) -> list[RequestSummary]:

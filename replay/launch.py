@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from replay.errors import ReplayFailed
 from replay.jobs import Job, Report
@@ -35,7 +35,7 @@ def run_job(
         turn = left[0][1]
         batch = [request for request, its_turn in left if its_turn == turn]
         begun: str | None = None
-        with _worker(replace(job, requests=tuple(batch), repeat=1), environment, command) as (lines, ended):
+        with worker_process(replace(job, requests=tuple(batch), repeat=1), environment, command) as (lines, ended):
             for line in lines:
                 report = Report.decode(line)
                 on_report(report)
@@ -60,9 +60,17 @@ def run_job(
             )
 
 
+class Encodable(Protocol):
+    """A job of any kind: one line of JSON."""
+
+    def encode(self) -> str:
+        """Return the job as one line."""
+        ...
+
+
 @contextmanager
-def _worker(
-    job: Job, environment: Mapping[str, str], command: Sequence[str]
+def worker_process(
+    job: Encodable, environment: Mapping[str, str], command: Sequence[str]
 ) -> Generator[tuple[Iterator[str], Callable[[], tuple[int, str]]]]:
     """Start a worker with one job, which never outlives the block; give its lines, and a wait for its end."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as words:

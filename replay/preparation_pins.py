@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from manifests.errors import ManifestError
 from manifests.run import parse_setting
@@ -17,6 +17,7 @@ from replay.errors import PinRefused
 from replay.substitutes import VERSIONED, Substitution, Way, way_of
 
 if TYPE_CHECKING:
+    from replay.preparations import RecordedPreparation
     from runtime.backends.protocol import BuildOptions
 
 BOUNDS, FLAGS = "compiler.bounds.", "compiler.flags."
@@ -48,9 +49,7 @@ def parse_choices(settings: Sequence[str]) -> tuple[Substitution, ...]:
     return tuple(chosen)
 
 
-def change_options(
-    backend: str, options: BuildOptions, choices: Iterable[Substitution]
-) -> tuple[str, BuildOptions]:
+def change_options(backend: str, options: BuildOptions, choices: Iterable[Substitution]) -> tuple[str, BuildOptions]:
     """Return backend and options with the choices made; PinRefused for a value that cannot be read.
 
     Another backend starts from its own level, flags and providers: those of the first one mean nothing to it.
@@ -58,7 +57,7 @@ def change_options(
     chosen = tuple(choices)
     other = next((one.value for one in chosen if one.pin == "compiler.backend"), backend)
     if other != backend:
-        options = replace(options, optimization="default", flags={}, providers=())
+        options = replace(options, optimization="default", flags={}, providers=(), buckets=None)
     for one in chosen:
         options = _with(options, one)
     return other, options
@@ -111,3 +110,25 @@ def _whole(one: Substitution) -> int:
     return value
 
 
+def recorded_value(original: RecordedPreparation, pin: str) -> Any:
+    """Return what a preparation was recorded with for one of the settable pins; None where it names nothing."""
+    options = original.options
+    if pin.startswith(FLAGS):
+        name = pin.removeprefix(FLAGS).removeprefix("session.")
+        return options["norm"] if name == "norm" else options["flags"].get(name)
+    if pin.startswith(BOUNDS):
+        symbol = {"max_batch": "B", "max_tokens": "T", "max_context": "S"}[pin.removeprefix(BOUNDS)]
+        return options["symbols"][symbol][1]
+    name = pin.removeprefix("compiler.")
+    if name in VERSIONED and original.manifest is not None:
+        versions = original.manifest.compiler.runtime_versions
+        return ", ".join(versions[part] for part in VERSIONED[name] if part in versions) or None
+    precision = options["precision"]
+    return {
+        "compiler.backend": original.backend,
+        "compiler.precision": precision,
+        "artifact.quantization": "none" if precision == "float32" else precision,
+        "compiler.optimization_level": options["optimization"],
+        "compiler.execution_providers": options["providers"],
+        "hardware.threads": options["threads"],
+    }.get(pin)

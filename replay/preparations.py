@@ -1,4 +1,4 @@
-"""What did one preparation do, as the ledger has it?  Nine stages, what each emitted and recorded, or where it failed."""
+"""What did one preparation do, as the ledger has it?  What each of nine stages gave, or where it failed."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class RecordedPreparation:
 
 def is_preparation(ledger: Ledger, run_id: str) -> bool:
     """Tell whether a run prepared a model, for the first time or again."""
-    started = [event for event in ledger.events(run_id=run_id, event_type=("run.started",))]
+    started = ledger.events(run_id=run_id, event_type="run.started")
     return any(kind_of(event) == "preparation" or event.payload.get("of") == "preparation" for event in started)
 
 

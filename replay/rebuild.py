@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from replay.errors import PinRefused
 from replay.preparation_pins import change_options, parse_choices
-from replay.preparations import RecordedPreparation, RecordedStage
 from replay.preparation_verdict import judge_rebuild
+from replay.preparations import RecordedPreparation, RecordedStage
 from replay.stage_comparison import StageComparison, compare_stage
 from replay.substitutes import Substitution
 from replay.verdict import ReplayVerdict

@@ -19,6 +19,7 @@ A and B are requests; RUN/REQUEST names a request of a replay.  Two runs are com
 example:
   replay diff req_0199a req_0199b
   replay diff req_0199a run_0199/req_0199a      a request and one of its replays
+  replay diff run_0198a run_0198b               two preparations: the first of nine stages that differs
 exit codes: 0 the same, 1 different, 2 no such recording
 """
 
@@ -26,7 +27,7 @@ exit codes: 0 the same, 1 different, 2 no such recording
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `replay diff`."""
     parser.epilog = EXAMPLE
-    parser.add_argument("left", metavar="A", help="a request, or a run")
+    parser.add_argument("left", metavar="A", help="a request, a run, or a preparation")
     parser.add_argument("right", metavar="B", help="the other one")
     parser.add_argument("--brief", action="store_true", help="only the first difference and the pins")
 
@@ -39,6 +40,10 @@ def run(arguments: argparse.Namespace) -> int:
     left, right = resolve(ledger, arguments.left), resolve(ledger, arguments.right)
     if (left.request_ref is None) != (right.request_ref is None):
         raise UnknownRecording("one is a run, the other a request", fix="Give two requests, or two runs.")
+    if left.request_ref is None and _prepared(ledger, left, right):
+        from replay.commands.preparation import diff_preparations
+
+        return diff_preparations(ledger, left.run_id, right.run_id, as_json=arguments.json)
     if left.request_ref is not None:
         found = compare_requests(ledger, left, right)
         if arguments.json:
@@ -47,6 +52,16 @@ def run(arguments: argparse.Namespace) -> int:
             _print(found, brief=arguments.brief)
         return 0 if found["verdict"] in ("exact", "within_tolerance") else 1
     return _runs(ledger, left, right, as_json=arguments.json)
+
+
+def _prepared(ledger: Ledger, left: Target, right: Target) -> bool:
+    """Tell whether both runs are preparations; UnknownRecording when only one is."""
+    from replay.preparations import is_preparation
+
+    kinds = [is_preparation(ledger, target.run_id) for target in (left, right)]
+    if any(kinds) and not all(kinds):
+        raise UnknownRecording("one is a preparation, the other is not", fix="Give two preparations, or two requests.")
+    return all(kinds)
 
 
 def _runs(ledger: Ledger, left: Target, right: Target, *, as_json: bool) -> int:

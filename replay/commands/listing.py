@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         screen.console().print("The ledger holds no run yet.  Record one: replaylab record WORKLOAD")
         return 0
     rows = [_run_row(one) for one in shown]
-    columns = ("run", "kind", "started (UTC)", "took", "requests", "outcome", "replays")
+    columns = ("run", "kind", "started (UTC)", "took", "requests", "outcome", "replays", "of")
     screen.print_table(screen.console(), columns, rows)
     if len(runs) > len(shown):
         screen.console().print(f"... and {len(runs) - len(shown)} older runs: replay list --limit 0")
@@ -48,7 +48,21 @@ def _run_row(one: RunSummary) -> tuple[object, ...]:
     took = screen.duration(one.ended_us - one.started_us) if one.ended_us is not None else "not ended"
     outcome = screen.counts(one.verdicts) if one.verdicts else screen.counts(one.outcomes)
     parent = short(one.parent) if one.parent else ""
-    return short(one.run_id), kind, screen.moment(one.started_us), took, one.requests, outcome, parent
+    return (
+        short(one.run_id),
+        kind,
+        screen.moment(one.started_us),
+        took,
+        _requests(one),
+        outcome,
+        parent,
+        one.subject or one.workload,
+    )
+
+
+def _requests(one: RunSummary) -> int | None:
+    """Return how many requests a run had; a preparation has none to count."""
+    return None if one.subject is not None else one.requests
 
 
 def print_requests(found: list[RequestSummary], *, as_json: bool) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from replay.catalog import Target, resolve, short
@@ -29,6 +30,8 @@ example:
   replay run run_0199 --mode alone
   replay run req_0199 --set compiler.precision=bfloat16
   replay run req_0199 --set 'tools.result.lookup_account={"account":"4821","plan":"gold",...}'
+  replay run run_0198                               a preparation: rebuild, name the first of nine stages that differs
+  replay run run_0198 --set compiler.optimization_level=basic
 exit codes: 0 exact or within tolerance, 1 diverged or unverified, 2 refused, 3 failed
 """
 
@@ -36,7 +39,7 @@ exit codes: 0 exact or within tolerance, 1 diverged or unverified, 2 refused, 3 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `replay run`."""
     parser.epilog = EXAMPLE
-    parser.add_argument("id", metavar="ID", help="a request or a run")
+    parser.add_argument("id", metavar="ID", help="a request, a run, or a preparation")
     parser.add_argument("--mode", choices=MODES, default="faithful", help="how to run it again (default: faithful)")
     parser.add_argument(
         "--set",
@@ -46,17 +49,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="settings",
         help="run under another pin: dimension.field=value; repeat for more",
     )
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="where a preparation's model lies now")
+    parser.add_argument(
+        "--stop-at-first", action="store_true", help="of a preparation: end at the first stage that differs"
+    )
     parser.add_argument("--repeat", type=_repeat, default=1, metavar="N", help="run everything N times (default 1)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay and print the verdict or verdicts."""
+    from replay.commands.preparation import run_preparation
     from replay.groups import group_requests
+    from replay.preparations import is_preparation
     from replay.records import load_run
     from replay.substitutes import check_values, parse_substitutions
 
     ledger = screen.open_ledger(arguments.ledger)
     target = resolve(ledger, arguments.id)
+    if target.request_ref is None and is_preparation(ledger, target.run_id):
+        return run_preparation(arguments, ledger, target)
     recorded = load_run(ledger, target.run_id)
     wanted = list(recorded.requests) if target.request_ref is None else [target.request_ref]
     try:

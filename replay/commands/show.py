@@ -18,6 +18,7 @@ EXAMPLE = """\
 example:
   replay show req_0199
   replay show run_0199/req_0199     the request as one particular run (a replay) had it
+  replay show run_0198              a preparation: its nine stages
 exit codes: 0 shown, 2 no such recording
 """
 BAR = 44
@@ -26,7 +27,7 @@ BAR = 44
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `replay show`."""
     parser.epilog = EXAMPLE
-    parser.add_argument("id", metavar="ID", help="a request, or a run to list its requests")
+    parser.add_argument("id", metavar="ID", help="a request, a preparation, or a run to list its requests")
     parser.add_argument("--brief", action="store_true", help="only question, answer and waterfall")
 
 
@@ -36,7 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
     target = resolve(ledger, arguments.id)
     if target.request_ref is None:
         from replay.commands.listing import print_requests
+        from replay.commands.preparation import show_preparation
+        from replay.preparations import is_preparation
 
+        if is_preparation(ledger, target.run_id):
+            return show_preparation(ledger, target.run_id, as_json=arguments.json)
         return print_requests(list_requests(ledger, target.run_id), as_json=arguments.json)
     return show(ledger, target, as_json=arguments.json, brief=arguments.brief)
 
