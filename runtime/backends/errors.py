@@ -9,7 +9,11 @@ ClassifiedError
     BuildFailed             artifact_compatibility  a compiler refused or failed
     BuildTimedOut           timeout_cancellation    a compiler passed its deadline
     CapacityExhausted       capacity_admission      memory or disk is not enough
+      HostOutOfMemory       capacity_admission      a hosting process died of its memory limit
     ExecutionFailed         model_provider          the backend failed, died or answered what is not a number
+      HostDied              model_provider          the process that hosted the backend died
+      InstanceRefused       model_provider          the hosting process died too often; it is not started again
+    HostTimedOut            timeout_cancellation    the hosting process passed a deadline and was ended
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ class BackendError(ClassifiedError):
 
     CLASS: ClassVar[FailureClass] = FailureClass.MODEL_PROVIDER
     NAME: ClassVar[str] = "backend_error"
+    LOST_INSTANCE: ClassVar[bool] = False
+    """Whether the process that ran the call is gone: which of the call's rows was to blame is then not known."""
 
     def __init__(
         self,
@@ -97,9 +103,55 @@ class ExecutionFailed(BackendError):
     NAME = "execution_failed"
 
 
+class HostDied(ExecutionFailed):
+    """The process that hosted the backend died: a signal, an abort, an exit."""
+
+    NAME = "host_died"
+    LOST_INSTANCE = True
+
+
+class HostOutOfMemory(CapacityExhausted):
+    """The process that hosted the backend died because memory ran out."""
+
+    NAME = "host_out_of_memory"
+    LOST_INSTANCE = True
+
+
+class HostTimedOut(BackendError):
+    """The process that hosted the backend passed a deadline and was ended."""
+
+    CLASS = FailureClass.TIMEOUT_CANCELLATION
+    NAME = "host_timed_out"
+    LOST_INSTANCE = True
+
+
+class InstanceRefused(ExecutionFailed):
+    """The hosting process died too often; it is not started again."""
+
+    NAME = "instance_refused"
+
+
+def restored_error(payload: Mapping[str, Any]) -> BackendError:
+    """Make the error again that another process described with `to_payload`; an unknown name is a failed execution."""
+    kinds: dict[str, type[BackendError]] = {}
+    waiting: list[type[BackendError]] = [BackendError]
+    while waiting:
+        kind = waiting.pop()
+        kinds[kind.NAME] = kind
+        waiting.extend(kind.__subclasses__())
+    made = kinds.get(str(payload.get("error_type")), ExecutionFailed)
+    return made(
+        str(payload.get("message")),
+        fix=payload.get("fix"),
+        evidence=payload.get("evidence"),
+        stage=payload.get("stage"),
+    )
+
+
 CAPACITY_SIGNS = (
     "can't allocate memory",
     "Failed to allocate memory",
+    "Cannot allocate memory",
     "bad_alloc",
     "RESOURCE_EXHAUSTED",
     "No space left",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 
 from runtime.backends.errors import BuildFailed, ProviderMismatch
 from runtime.backends.executor import LoadedExecutor, StepInputs
@@ -31,6 +32,14 @@ class OrtPool(ArrayPool):
 
     def __init__(self, *, num_layers: int, num_slots: int, width: int) -> None:
         super().__init__(num_layers=num_layers, num_slots=num_slots, width=width)
+        self._view()
+
+    def adopt(self, k: NDArray[Any], v: NDArray[Any]) -> None:
+        """See `ArrayPool.adopt`."""
+        super().adopt(k, v)
+        self._view()
+
+    def _view(self) -> None:
         self.k_value = onnxruntime.OrtValue.ortvalue_from_numpy(self.k)
         self.v_value = onnxruntime.OrtValue.ortvalue_from_numpy(self.v)
 

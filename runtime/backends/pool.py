@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from runtime.backends.contract import Integers
 from runtime.backends.errors import CapacityExhausted, InputRefused
@@ -57,6 +58,10 @@ class TorchPool:
     def nbytes(self) -> int:
         """Bytes of both tables."""
         return self.k.nbytes + self.v.nbytes
+
+    def adopt(self, k: NDArray[Any], v: NDArray[Any]) -> None:
+        """Read from now on tables that another process owns and writes; arrays as `hosted_memory.STORED` says."""
+        self.k, self.v = (torch.from_numpy(table).view(self.k.dtype) for table in (k, v))
 
     def write(self, slot_ids: Integers, new_k: Any, new_v: Any, *, rows: Integers, columns: Integers) -> None:
         """Put token (rows[n], columns[n]) of [layers,B,T,width] tensors into slot_ids[n] of every layer."""
@@ -118,6 +123,10 @@ class ArrayPool:
     def nbytes(self) -> int:
         """Bytes of both tables."""
         return self.k.nbytes + self.v.nbytes
+
+    def adopt(self, k: NDArray[Any], v: NDArray[Any]) -> None:
+        """Read from now on tables that another process owns and writes; a pool that keeps views makes them again."""
+        self.k, self.v = k, v
 
     def write(self, slot_ids: Integers, new_k: Any, new_v: Any, *, rows: Integers, columns: Integers) -> None:
         """Put token (rows[n], columns[n]) of [layers,B,T,width] arrays into slot_ids[n] of every layer."""

@@ -236,6 +236,10 @@ class Backend(Protocol):
         """Begin a preparation; refuse options that the abilities table does not hold with `BackendRefused`."""
         ...
 
+    def import_loader(self) -> None:
+        """Import what `load` needs."""
+        ...
+
     def load(self, package: Path, spec: LoadSpec) -> Executor:
         """Load a package folder whose digests have been verified."""
         ...

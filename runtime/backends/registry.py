@@ -60,6 +60,8 @@ class InstalledBackend:
     """None where execution providers are no notion of the backend; else those that this project has tried."""
     buckets: Literal["never", "optional", "needed"] = "never"
     """Whether it compiles fixed shapes from a declared bucket plan."""
+    can_abort: bool = False
+    """Whether a fault in it can end the process it runs in; what `serve --isolate faulty` hosts."""
     extra: str | None = None
     """The project's extra that installs the libraries; None for those that always come along."""
 
@@ -97,6 +99,10 @@ class InstalledBackend:
         self.versions()
         loader: Callable[[Path, LoadSpec], Executor] = _load_object(self.loader)
         return loader(package, spec)
+
+    def import_loader(self) -> None:
+        """Import what `load` needs, so that what it takes afterwards is the package's own."""
+        _load_object(self.loader)
 
     def check(self, options: BuildOptions) -> None:
         """Refuse a precision, level, flag or norm that this backend does not offer."""
@@ -143,7 +149,7 @@ EAGER = InstalledBackend(
         reproducible_build=YES,
         reproducible_steps=YES,
         batch_invariant=YES,
-        own_process=_not_ours("steps run in the engine's process"),
+        own_process=YES,
         one_shot_models=_not_ours("only the functional step is loaded"),
     ),
     libraries=("torch",),
@@ -166,7 +172,7 @@ ONNXRUNTIME = InstalledBackend(
         reproducible_build=YES,
         reproducible_steps=YES,
         batch_invariant=YES,
-        own_process=_not_ours("steps run in the engine's process"),
+        own_process=YES,
         one_shot_models=_not_ours("only the functional step is loaded"),
     ),
     libraries=("onnxruntime", "onnx", "onnxscript", "torch"),
@@ -189,7 +195,7 @@ INDUCTOR = InstalledBackend(
         reproducible_build=YES,
         reproducible_steps=YES,
         batch_invariant=YES,
-        own_process=_not_ours("compiling runs in a child; steps run in the engine's process"),
+        own_process=YES,
         one_shot_models=_not_ours("only the functional step is loaded"),
     ),
     libraries=("torch",),

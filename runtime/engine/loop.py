@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 from manifests.scheduling import SchedulingManifest
 from runtime.backends.protocol import Executor, Floats
+from runtime.engine.containment import ContainedCalls
 from runtime.engine.errors import EngineFailed, SequenceRefused
 from runtime.engine.generation import FinishReason, GenerationRequest, GenerationResult, OnToken
 from runtime.engine.grammar import GrammarCompiler, TextTokenizer
@@ -203,13 +204,16 @@ class Engine:
         times.plan_us = self._clock() - times.started_us
         sampled: dict[int, int] = {}
         ended: list[tuple[LiveSequence, FinishReason]] = []
-        for call in plan.calls:
+        calls = ContainedCalls(plan, self.settings)
+        for call in calls:
             try:
                 logits, took = self._runner.execute(call, tokens_of)
                 times.calls_us.append(took)
                 self._choose(call, logits, plan.step, sampled, ended)
             except Exception as error:  # contained: the rows of this call fail, everything else goes on
-                self._fail_rows(call, error, sampled)
+                if not calls.replace(error):
+                    self._fail_rows(call, error, sampled)
+        plan = calls.plan()
         complete_step(self._state, plan, sampled)
         times.total_us = self._clock() - times.started_us
         kv_blocks = self.settings.num_blocks - self._state.cache.available

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,8 +16,10 @@ from manifests.artifact import ArtifactManifest
 from manifests.compiler import CompilerManifest
 from runtime.backends.buckets import BucketPlan
 from runtime.backends.contract import InputContract
+from runtime.backends.hosted import load_hosted
+from runtime.backends.hosted_process import Hosting
 from runtime.backends.lowering import unknown
-from runtime.backends.protocol import Executor, LoadSpec
+from runtime.backends.protocol import Executor, LoadSpec, require
 from runtime.backends.registry import backend_named
 from runtime.models.config import ModelConfig
 from runtime.prepare.errors import PackageRefused
@@ -66,8 +69,10 @@ class Loaded:
         }
 
 
-def load_package(store: PackageStore, digest: str, *, threads: int = 1) -> LoadedModel:
-    """Verify a package and load it.
+def load_package(
+    store: PackageStore, digest: str, *, threads: int = 1, hosting: Hosting | None = None
+) -> LoadedModel:
+    """Verify a package and load it, in a process of its own where `hosting` says how.
 
     Every file's digest and the manifest's signature are checked before any parser sees a byte, then the compatibility
     envelope, then the backend loads.  Errors: `PackageUnknown`, `PackageRefused`, `BackendError`.
@@ -87,7 +92,7 @@ def load_package(store: PackageStore, digest: str, *, threads: int = 1) -> Loade
         batch_invariant=manifest.compiler.batch_invariant,
     )
     folder = store.path(package_digest)
-    executor = backend_named(manifest.compiler.backend).load(folder, spec)
+    executor = _load(manifest.compiler.backend, folder, spec, hosting)
     tokenizer = Tokenizer.from_buffer((folder / TOKENIZER).read_bytes()) if TOKENIZER in manifest.files else None
     return LoadedModel(
         digest=package_digest,
@@ -98,6 +103,14 @@ def load_package(store: PackageStore, digest: str, *, threads: int = 1) -> Loade
         artifact=manifest.artifact.model_copy(update={"package_digest": package_digest}),
         compiler=manifest.compiler,
     )
+
+
+def _load(backend: str, folder: Path, spec: LoadSpec, hosting: Hosting | None) -> Executor:
+    chosen = backend_named(backend)
+    if hosting is None:
+        return chosen.load(folder, spec)
+    require(backend, chosen.abilities, "own_process")
+    return load_hosted(backend, folder, spec, hosting)
 
 
 def check_envelope(manifest: PackageManifest, package_digest: str) -> None:
