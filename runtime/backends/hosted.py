@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from runtime.backends.contract import InputContract, Integers
 from runtime.backends.errors import BackendError, BackendRefused, InputRefused, InstanceRefused
-from runtime.backends.hosted_memory import HostedPool, SharedBlock, StepLayout
+from runtime.backends.hosted_memory import HostedPool, SharedBlock, StepViews
 from runtime.backends.hosted_process import Hosting, HostProcess
 from runtime.backends.protocol import KVPool, LoadSpec, StepOutput
 from runtime.models.config import ModelConfig
@@ -45,6 +44,7 @@ class HostedExecutor:
         self._process: HostProcess | None = None
         self._stored = "float32"
         self._contract = spec.contract
+        self._views = StepViews(config=spec.config, stored=self._stored)
         self._start()
 
     @property
@@ -98,20 +98,19 @@ class HostedExecutor:
                 fix="allocate the pool with new_pool",
                 evidence={"input_signature": type(pool).__name__, "guard": "pool kind"},
             )
-        shape = (*tokens.shape, slots.shape[1])
-        layout = StepLayout(*shape, config=self.config, stored=self._stored)
+        shape = (tokens.shape[0], tokens.shape[1], slots.shape[1])
         with self._turn:
             process = self._living()
             self._map_pool(process, pool)
-            self._arena.grow(layout.size)
-            for place, value in zip(layout.inputs, (tokens, positions, slots, context_lengths), strict=True):
-                self._arena.array(*place)[...] = value
+            arrays = self._arrays(shape)
+            for place, value in zip(arrays[:4], (tokens, positions, slots, context_lengths), strict=True):
+                place[...] = value
             dropped = [self._dropped.pop() for _ in range(len(self._dropped))]
             message = {"do": "step", "shape": shape, "pool": pool.number, "dropped": dropped}
             self._ask(process, message, deadline_us=self.hosting.step_deadline_us, what="step", shape=shape)
             self._steps += 1
             # Copied: the next step writes into the same memory.
-            logits, new_k, new_v = (np.array(self._arena.array(*place)) for place in layout.outputs)
+            logits, new_k, new_v = (place.copy() for place in arrays[4:])
         return StepOutput(logits, new_k, new_v)
 
     def close(self) -> None:
@@ -122,6 +121,11 @@ class HostedExecutor:
                 self._process.close()
                 self._process = None
             self._arena.close()
+
+    def _arrays(self, shape: tuple[int, int, int]) -> list[Any]:
+        if self._arena.grow(self._views.layout(shape).size):
+            self._views.forget()
+        return self._views.arrays(shape, self._arena.memory)
 
     def _living(self) -> HostProcess:
         """Give a child that runs, starting another where the last one is gone; refuse when too many are."""
@@ -172,6 +176,7 @@ class HostedExecutor:
             self._process = None
             raise
         self._stored = told["stored"]
+        self._views = StepViews(config=self.config, stored=self._stored)
         self._contract = InputContract.from_document(told["contract"])
 
     def _map_pool(self, process: HostProcess, pool: HostedPool) -> None:

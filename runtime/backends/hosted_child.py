@@ -29,7 +29,7 @@ from runtime.backends.errors import (
     classify_execution,
 )
 from runtime.backends.hosted_channel import Channel, inherited
-from runtime.backends.hosted_memory import STORED, StepLayout
+from runtime.backends.hosted_memory import STORED, StepViews
 from runtime.backends.protocol import Executor, KVPool, LoadSpec
 from traces.failures import ClassifiedError
 
@@ -40,6 +40,7 @@ class Host:
     def __init__(self) -> None:
         self._executor: Executor | None = None
         self._stored = "float32"
+        self._views: StepViews
         self._pools: dict[int, KVPool] = {}
         self._arena: mmap.mmap | None = None
         self._arena_descriptor = -1
@@ -61,6 +62,7 @@ class Host:
             self._stored = stored_kind(executor.new_pool(2))
         except Exception as error:
             raise out_of_memory(error, message["backend"]) or error from error
+        self._views = StepViews(config=executor.config, stored=self._stored)
         return {"stored": self._stored, "contract": executor.contract.document()}
 
     def pool(self, message: Mapping[str, Any], descriptors: list[int]) -> dict[str, Any]:
@@ -85,13 +87,15 @@ class Host:
         executor = self._loaded()
         for number in message["dropped"]:
             self._pools.pop(number, None)
-        layout = StepLayout(*message["shape"], config=executor.config, stored=self._stored)
-        if self._arena is None or len(self._arena) < layout.size:
+        batch, tokens, context = message["shape"]
+        shape = (batch, tokens, context)
+        if self._arena is None or len(self._arena) < self._views.layout(shape).size:
             self._arena = mmap.mmap(self._arena_descriptor, os.fstat(self._arena_descriptor).st_size)
-        inputs = [np.ndarray(place.shape, place.dtype, self._arena, place.offset) for place in layout.inputs]
-        output = executor.step(*inputs, self._pools[message["pool"]])
-        for place, value in zip(layout.outputs, (output.logits, output.new_k, output.new_v), strict=True):
-            np.ndarray(place.shape, place.dtype, self._arena, place.offset)[...] = as_stored(value)
+            self._views.forget()
+        token_ids, positions, slots, lengths, *places = self._views.arrays(shape, self._arena)
+        output = executor.step(token_ids, positions, slots, lengths, self._pools[message["pool"]])
+        for place, value in zip(places, (output.logits, output.new_k, output.new_v), strict=True):
+            place[...] = as_stored(value)
         return {}
 
     def _loaded(self) -> Executor:
@@ -176,12 +180,13 @@ def _follow_parent(descriptor: int) -> None:
 
 
 def _shortened(error: ClassifiedError) -> dict[str, Any]:
-    payload = error.to_payload() | {"stage": error.stage}
-    if not isinstance(error, BackendError):
-        payload["error_type"] = "backend_refused"
-    payload["message"] = payload["message"][:2000]
-    payload["evidence"] = {name: _cut(value) for name, value in payload["evidence"].items()}
-    return payload
+    return {
+        "message": error.message[:2000],
+        "error_type": error.error_type if isinstance(error, BackendError) else "backend_refused",
+        "fix": error.fix,
+        "stage": error.stage,
+        "evidence": {name: _cut(value) for name, value in error.evidence.items()},
+    }
 
 
 def _cut(value: Any) -> Any:

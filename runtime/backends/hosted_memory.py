@@ -7,6 +7,7 @@ into another request's cache.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import sys
@@ -43,10 +44,15 @@ class SharedBlock:
         self.size = 0
         self.grow(size)
 
-    def grow(self, size: int) -> None:
-        """Make room for `size` bytes; arrays given out before stay valid."""
+    @property
+    def memory(self) -> Any:
+        """The mapped bytes; another object after every growth."""
+        return self._map
+
+    def grow(self, size: int) -> bool:
+        """Make room for `size` bytes, and tell whether the memory was mapped anew; arrays given out stay valid."""
         if size <= self.size:
-            return
+            return False
         wanted = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         try:
             os.ftruncate(self._descriptor, wanted)
@@ -58,6 +64,7 @@ class SharedBlock:
                 evidence={"memory_pressure": str(error), "reservation_failure": f"{wanted} bytes"},
             ) from error
         self.size = wanted
+        return True
 
     def descriptor(self) -> int:
         """Give the descriptor to be sent to the child."""
@@ -65,7 +72,7 @@ class SharedBlock:
 
     def array(self, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:
         """View a part of the memory."""
-        count = int(np.prod(shape))
+        count = math.prod(shape)
         return np.frombuffer(self._map, dtype=dtype, count=count, offset=offset).reshape(shape)  # type: ignore[arg-type]
 
     def close(self) -> None:
@@ -85,7 +92,8 @@ class Place(NamedTuple):
 class StepLayout:
     """Where a step's four inputs and three outputs lie in the shared arena; both sides compute it from the shapes."""
 
-    def __init__(self, batch: int, tokens: int, context: int, *, config: ModelConfig, stored: str) -> None:
+    def __init__(self, shape: tuple[int, int, int], *, config: ModelConfig, stored: str) -> None:
+        batch, tokens, context = shape
         number, table = np.dtype(np.int64), STORED[stored]
         cached = (config.num_layers, batch, tokens, config.kv_width)
         self._end = 0
@@ -105,9 +113,45 @@ class StepLayout:
 
     def _put(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Place:
         place = Place(dtype, shape, self._end)
-        used = int(np.prod(shape)) * dtype.itemsize
+        used = math.prod(shape) * dtype.itemsize
         self._end += -(-used // _ALIGNMENT) * _ALIGNMENT
         return place
+
+
+class StepViews:
+    """A step's arrays in mapped memory by shape; shapes are few, because a pin declares them."""
+
+    MOST = 512
+
+    def __init__(self, *, config: ModelConfig, stored: str) -> None:
+        self._config, self._stored = config, stored
+        self._layouts: dict[tuple[int, int, int], StepLayout] = {}
+        self._views: dict[tuple[int, int, int], list[NDArray[Any]]] = {}
+
+    def layout(self, shape: tuple[int, int, int]) -> StepLayout:
+        """Give the layout of a shape."""
+        found = self._layouts.get(shape)
+        if found is None:
+            if len(self._layouts) >= self.MOST:
+                self._layouts.clear()
+                self._views.clear()
+            found = self._layouts[shape] = StepLayout(shape, config=self._config, stored=self._stored)
+        return found
+
+    def forget(self) -> None:
+        """Drop the views: the memory was mapped anew."""
+        self._views.clear()
+
+    def arrays(self, shape: tuple[int, int, int], memory: Any) -> list[NDArray[Any]]:
+        """Give the four inputs and the three outputs of a shape, as views of `memory`."""
+        found = self._views.get(shape)
+        if found is None:
+            layout = self.layout(shape)
+            places = (*layout.inputs, *layout.outputs)
+            found = self._views[shape] = [
+                np.ndarray(place.shape, place.dtype, memory, place.offset) for place in places
+            ]
+        return found
 
 
 class HostedPool:

@@ -28,6 +28,10 @@ _LOG_TAIL = 1500
 _MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
 
 
+ISOLATION = ("none", "faulty", "all")
+"""Which packages get a process of their own: none, those whose backend can end it, all."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hosting:
     """How a backend is hosted in a process of its own."""
@@ -40,6 +44,13 @@ class Hosting:
     max_deaths: int = 6
     """Deaths within the last `calm_steps` completed steps after which the instance is refused."""
     calm_steps: int = 200
+    only_faulty: bool = False
+    """Host only backends that can end their process; the others are loaded into this one."""
+
+    @classmethod
+    def named(cls, isolate: str) -> Hosting | None:
+        """Read the choice `none`, `faulty` or `all`."""
+        return None if isolate == "none" else cls(only_faulty=isolate == "faulty")
 
 
 class HostProcess:

@@ -202,6 +202,7 @@ INDUCTOR = InstalledBackend(
     runtime_libraries=("torch",),
     lowering="runtime.backends.inductor_lowering:InductorLowering",
     loader="runtime.backends.inductor:load_inductor",
+    can_abort=True,
     flags={"freezing": ("false", "true"), RECIPE: RECIPES},
 )
 BACKENDS: tuple[InstalledBackend, ...] = (EAGER, ONNXRUNTIME, INDUCTOR)

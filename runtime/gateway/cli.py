@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from runtime.serve.deployment import Deployment
 
+ISOLATION = ("none", "faulty", "all")  # as runtime.backends.hosted_process has it; importing that takes long
+
 EPILOG = """\
 example:
   replaylab serve --deployment desk --create PACKAGE
@@ -46,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8321, help="port to listen on (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="compute threads (default: %(default)s)")
+    parser.add_argument(
+        "--isolate",
+        choices=ISOLATION,
+        default="faulty",
+        help="which packages run in a process of their own; faulty: whose backend can end it (default: %(default)s)",
+    )
     parser.add_argument("--label", default="", help="a name for the run")
     parser.add_argument("--json", action="store_true", help="say what is served, or why not, as one JSON line")
 
@@ -78,7 +86,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     deployment = _create(arguments) if arguments.create else Deployment.load(arguments.deployment)
 
     async def body(listener: socket.socket) -> None:
-        session = serving_session(arguments.ledger, deployment, threads=arguments.threads, label=arguments.label)
+        session = serving_session(
+            arguments.ledger,
+            deployment,
+            threads=arguments.threads,
+            label=arguments.label,
+            isolate=arguments.isolate,
+        )
         async with session:  # opened here, so that a refusal is told in words and not as a server's traceback
             host, port = listener.getsockname()[:2]
             routes = {name: binding.artifact.package_digest for name, binding in session.routes.items()}

@@ -107,7 +107,7 @@ def load_package(
 
 def _load(backend: str, folder: Path, spec: LoadSpec, hosting: Hosting | None) -> Executor:
     chosen = backend_named(backend)
-    if hosting is None:
+    if hosting is None or (hosting.only_faulty and not chosen.can_abort):
         return chosen.load(folder, spec)
     require(backend, chosen.abilities, "own_process")
     return load_hosted(backend, folder, spec, hosting)

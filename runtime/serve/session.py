@@ -229,6 +229,7 @@ class ServingSession:
                 "before": None if before is None else before.artifact.package_digest,
                 "artifact": binding.artifact.digest,
                 "compiler": binding.compiler.digest,
+                "own_process": bool(getattr(model.executor, "hosted", False)),
             },
             model_route=route,
             engine_id=engine_id,
@@ -325,10 +326,12 @@ class ServingSession:
 
     async def _close_services(self) -> None:
         services, self._services = self._services, {}
-        for _, service, _ in services.values():
+        for model, service, _ in services.values():
             close = getattr(service, "close", None)
             if close is not None:
                 await asyncio.to_thread(close)
+            if getattr(model.executor, "hosted", False):  # others may be shared with whoever loaded them
+                await asyncio.to_thread(model.executor.close)
 
     def _now_us(self) -> int:
         return self._clock()[0]
