@@ -16,6 +16,7 @@ COMMANDS = {
     "show": ("replay.commands.show", "Show a request: its waterfall, pins, tokens, tools and citations."),
     "check": ("replay.commands.check", "Say which level of replay is reachable, and which pin is missing."),
     "run": ("replay.commands.run", "Run a request or a whole run again and give a verdict."),
+    "blame": ("replay.commands.blame", "Say which neighbour, chunk or cache hit changed a request's bits or tokens."),
     "diff": ("replay.commands.diff", "Compare two requests: pins, stages, tokens, time."),
 }
 

@@ -69,11 +69,12 @@ class Job:
 class Report:
     """One line from a worker.
 
-    kind   loading (a package), begun (a request), verdict (on a request), failed (the whole job), done
+    kind   loading (a package), begun (a request), verdict (on a request), failed (the whole job), done;
+           of a search also progress and found
     body   loading: package; begun: request, repeat; verdict: request, repeat, verdict; failed: message, fix, ...
     """
 
-    kind: Literal["loading", "begun", "verdict", "failed", "done"]
+    kind: Literal["loading", "begun", "verdict", "progress", "found", "failed", "done"]
     body: Mapping[str, Any]
 
     def encode(self) -> str:

@@ -8,11 +8,12 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import IO, Any, Protocol
+from typing import IO, Any, NoReturn, Protocol
 
-from replay.errors import ReplayFailed
+from replay.errors import ReplayFailed, ReplayRefused
 from replay.jobs import Job, Report
 from replay.verdict import ReplayVerdict, Verdict
+from traces.failures import FailureClass
 
 WORKER = (sys.executable, "-m", "replay.worker")
 
@@ -47,7 +48,7 @@ def run_job(
                     left.remove((request, turn))
                     yield request, turn, ReplayVerdict.from_document(report.body["verdict"])
                 elif report.kind == "failed":
-                    raise _failed(report.body)
+                    raise_failed(report.body)
             code, last_words = ended()
         if begun is not None:
             left.remove((begun, turn))
@@ -112,9 +113,19 @@ def _tail(words: IO[str]) -> str:
     return "".join(words.readlines()[-12:])[-2_000:]
 
 
-def _failed(body: Mapping[str, Any]) -> ReplayFailed:
-    """Turn a worker's own report of failure into the error it was."""
-    return ReplayFailed(str(body["message"]), fix=body.get("fix"), evidence=body.get("evidence") or {})
+def raise_failed(body: Mapping[str, Any]) -> NoReturn:
+    """Raise a worker's own report of failure as the error it was: a refusal, or a replay that broke."""
+    message, fix, evidence = str(body["message"]), body.get("fix"), body.get("evidence") or {}
+    refused = body.get("refused")
+    if refused:
+        raise ReplayRefused(
+            message,
+            fix=fix,
+            evidence=evidence,
+            failure_class=FailureClass(refused["failure_class"]),
+            error_type=refused["error_type"],
+        )
+    raise ReplayFailed(message, fix=fix, evidence=evidence)
 
 
 def _worker_died(job: Job, request: str, code: int, last_words: str) -> ReplayVerdict:

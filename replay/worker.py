@@ -9,7 +9,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,11 @@ Say = Callable[[Report], None]
 
 def main() -> int:
     """Read one job from standard input, run it, report on standard output."""
+    return serve(lambda line, say: run_job(Job.decode(line), say))
+
+
+def serve(work: Callable[[str, Say], None]) -> int:
+    """Do the work that one line on standard input asks for; return the exit code of the process."""
     reports = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever prints from here on, C libraries included, goes to standard error
 
@@ -39,9 +44,10 @@ def main() -> int:
         reports.flush()
 
     try:
-        run_job(Job.decode(sys.stdin.readline()), say)
+        work(sys.stdin.readline(), say)
     except ClassifiedError as error:
-        say(Report(kind="failed", body={"message": str(error), "fix": error.fix, "evidence": _plain(error.evidence)}))
+        body = {"message": str(error), "fix": error.fix, "evidence": _plain(error.evidence)}
+        say(Report(kind="failed", body=body | {"refused": _refusal(error)}))
         return 3
     say(Report(kind="done", body={}))
     return 0
@@ -82,7 +88,7 @@ def make_player(
 
     if run.started.input_ref is None:
         raise IncompleteRecord(f"run {run.run_id} has no recorded deployment", missing="deployment")
-    threads = threads_of(run)
+    threads = threads_of(run.requests.values())
     plans = load_plans(run.shared)
     events = [event for request in run.requests.values() for event in request.events]
     models = Models(
@@ -114,12 +120,12 @@ def make_player(
     )
 
 
-def threads_of(run: RecordedRun) -> int:
+def threads_of(requests: Iterable[RecordedRequest]) -> int:
     """Return the compute threads for this process: what its environment was pinned to, or else as recorded."""
     pinned = os.environ.get(THREADS_VARIABLE)
     if pinned is not None:
         return int(pinned)
-    recorded = {request.pins.hardware.threads for request in run.requests.values() if request.pins is not None}
+    recorded = {request.pins.hardware.threads for request in requests if request.pins is not None}
     return max(recorded, default=1)
 
 
@@ -176,6 +182,13 @@ def _without_comparison(error: ClassifiedError, run_id: str, reference: str, chi
         },
         detail=error.message,
     )
+
+
+def _refusal(error: ClassifiedError) -> dict[str, str | None] | None:
+    """Return what makes an error a refusal, to be raised as one by who started this worker."""
+    if not isinstance(error, ReplayRefused):
+        return None
+    return {"error_type": error.error_type, "failure_class": error.failure_class.value}
 
 
 def _standing_in_the_way(error: ClassifiedError) -> str | None:

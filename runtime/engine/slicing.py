@@ -8,6 +8,7 @@ needed for any of this: bits depend on contents, never on where they lie.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -64,6 +65,20 @@ class Schedule:
                 lives = self._lives.get(index)
                 if lives:
                     lives[-1].rows.append(PlacedRow(plan.step, number, position, call, call.row(position)))
+
+    def plan(self, step: int) -> StepPlan | None:
+        """Return the plan of one step, or None when it is not here."""
+        return self._plans.get(step)
+
+    def with_lives(self, index: int, lives: list[Life]) -> Schedule:
+        """Return the same schedule with other lives for one sequence, such as edited ones; the plans are shared."""
+        other = copy.copy(self)
+        other._lives = self._lives | {index: lives}
+        return other
+
+    def index_of(self, sequence_id: str) -> int | None:
+        """Return a sequence's index in the plans; None when the sequence table does not name it."""
+        return self._index_of.get(sequence_id)
 
     def knows(self, sequence_id: str) -> bool:
         """Tell whether the sequence table names this sequence."""

@@ -109,6 +109,13 @@ class Ledger:
             ).fetchall()
         return [decode(bytes(body)) for (body,) in found]
 
+    def steps(self, run_id: str, engine_id: str, *, first: int, last: int) -> list[TraceEvent]:
+        """Return the drained `engine.step` events of one engine from step `first` to `last`, ascending."""
+        parameters = {"run_id": run_id, "engine_id": engine_id, "first": first, "last": last}
+        with self.reading() as connection:
+            found = connection.execute(queries.STEP_EVENTS, parameters).fetchall()
+        return [decode(bytes(body)) for (body,) in found]
+
     def runs(self) -> list[dict[str, Any]]:
         """Return one row a run, newest first (see the ``run`` view)."""
         return self.rows(queries.RUNS)

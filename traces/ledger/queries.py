@@ -29,6 +29,13 @@ WHERE ($run_id IS NULL OR run_id = $run_id)
 ORDER BY seq
 """
 
+# What one request's replay needs of the engine: its steps from and to, not those of the whole run.
+STEP_EVENTS = """
+SELECT body FROM event
+WHERE run_id = $run_id AND event_type = 'engine.step' AND engine_id = $engine_id AND step BETWEEN $first AND $last
+ORDER BY step, seq
+"""
+
 RUNS = "SELECT * FROM run ORDER BY started_us DESC, run_id DESC"
 
 REQUESTS = """
