@@ -22,6 +22,7 @@ example:
   replaylab record support-desk --limit 48            questions made from a seed
   replaylab record workload.jsonl --package float32 --package fast=bfloat16
   replaylab record AzureLLMInferenceTrace_code.csv --limit 200 --speed 20
+  replaylab record workload.jsonl --scheduling policy=fair --scheduling max_num_queued_reqs=64
 
 A workload is JSON Lines ({"at_us", "tenant", "question", "generation"}, or {"at_us", "control": "activate", "route",
 "package"}), an Azure LLM inference trace, or a Mooncake trace; the latter two are scaled to the model.
@@ -111,6 +112,7 @@ def _deployment(arguments: argparse.Namespace, ledger: Path, store: PackageStore
     """Load the named deployment, or make a support desk over the packages; the same one is used again."""
     from experiments.errors import WorkloadError
     from manifests.canonical import digest
+    from manifests.run import with_settings
     from manifests.scheduling import SchedulingManifest
     from runtime.serve.deployment import DOCUMENT_FILE, Deployment, create_support_desk
 
@@ -123,9 +125,7 @@ def _deployment(arguments: argparse.Namespace, ledger: Path, store: PackageStore
             )
         return Deployment.load(arguments.deployment)
     packages = _packages(arguments.package, store)
-    scheduling = SchedulingManifest()
-    for setting in arguments.scheduling:
-        scheduling = _with_setting(scheduling, setting)
+    scheduling = with_settings(SchedulingManifest(), arguments.scheduling, dimension="scheduling")
     name = digest({"seed": arguments.seed, "packages": packages, "scheduling": scheduling.to_document()})[7:19]
     folder = ledger / "deployments" / f"support-desk-{name}"
     if (folder / DOCUMENT_FILE).exists():
@@ -152,22 +152,6 @@ def _packages(named: list[str], store: PackageStore) -> dict[str, str]:
             raise WorkloadError(f"two packages for the route {name!r}", path=store.root)
         routes[name] = store.resolve(package if sign else text)
     return routes
-
-
-def _with_setting(scheduling: Any, setting: str) -> Any:
-    """Return the scheduling rules with one field changed; PinError names what does not fit."""
-    from manifests.errors import PinError
-    from manifests.run import parse_setting
-
-    field, value = parse_setting(setting)
-    document = scheduling.to_document()
-    if field not in document or field == "document":
-        raise PinError(f"{field!r} is no scheduling field", where=setting, fix=f"Fields: {', '.join(document)}")
-    try:
-        document[field] = json.loads(value)
-    except ValueError:
-        document[field] = value
-    return type(scheduling).from_document(document)
 
 
 def _workload(arguments: argparse.Namespace, deployment: Deployment, store: PackageStore) -> Workload:

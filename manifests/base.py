@@ -5,9 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from manifests.canonical import DIGEST_PATTERN, LARGEST_INTEGER, canonical_bytes, digest
 from manifests.errors import DigestError, DocumentError
@@ -62,6 +72,18 @@ class Manifest(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+    later_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that came after documents of this version were recorded. At its default such a field is left out of the
+    document, so that what was recorded before it is read as it was meant and keeps its digest."""
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = handler(self)
+        for name in self.later_fields:
+            if name in document and getattr(self, name) == type(self).model_fields[name].default:
+                del document[name]
+        return document
 
     @model_validator(mode="after")
     def _has_a_name(self) -> Self:

@@ -39,12 +39,18 @@ def diff_dimension(dimension: str, left: Manifest, right: Manifest) -> tuple[Pin
     """List every pin of one dimension that differs, in the order of its fields; both are documents of one kind."""
     if left == right:
         return ()
-    document, other = left.to_document(), right.to_document()
+    document, other = _whole(left), _whole(right)
     return tuple(
         PinDifference(dimension, name, one, two)
         for field in document
         for name, one, two in _descend(field, document[field], other[field])
     )
+
+
+def _whole(manifest: Manifest) -> dict[str, Any]:
+    """Return all fields, also those that the document leaves out at their default."""
+    fields, document = type(manifest).model_fields, manifest.to_document()
+    return {name: document.get(name, field.default) for name, field in fields.items()}
 
 
 def _descend(name: str, left: Any, right: Any) -> Iterator[tuple[str, Any, Any]]:

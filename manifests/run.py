@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -22,6 +22,8 @@ from manifests.tools import ToolsManifest
 
 DIMENSIONS = ("artifact", "compiler", "hardware", "scheduling", "generation", "context", "tools", "policy")
 """The eight dimensions in the specification's order."""
+
+AnyManifest = TypeVar("AnyManifest", bound=Manifest)
 
 Mode = Literal["live", "faithful", "alone", "forced", "audit"]
 
@@ -169,6 +171,21 @@ def parse_setting(text: str) -> tuple[str, str]:
     return path.strip(), value
 
 
+def with_settings(manifest: AnyManifest, settings: Iterable[str], *, dimension: str) -> AnyManifest:
+    """Return a document of one dimension with fields set as they are written on a command line, ``field=value``.
+
+    Raises:
+        PinError: an unknown field, with the valid ones, or a value that the field does not take.
+    """
+    fields = tuple(name for name in type(manifest).model_fields if name != "document")
+    for setting in settings:
+        field, value = parse_setting(setting)
+        field = field.removeprefix(f"{dimension}.")
+        _check_name(field, fields, what=f"field of {dimension}", where=setting)
+        manifest = _with_value(manifest, field, "", value, setting)
+    return manifest
+
+
 def _check_name(name: str, known: tuple[str, ...], *, what: str, where: str) -> None:
     if name in known:
         return
@@ -178,7 +195,7 @@ def _check_name(name: str, known: tuple[str, ...], *, what: str, where: str) -> 
     raise PinError(shown, where=where, fix=f"{hint}Valid: {', '.join(known)}".strip())
 
 
-def _with_value(manifest: Manifest, field: str, key: str, value: Any, path: str) -> Manifest:
+def _with_value(manifest: AnyManifest, field: str, key: str, value: Any, path: str) -> AnyManifest:
     """Try each way to read the value until the whole document accepts one."""
     document = manifest.to_document()
     refusals: list[str] = []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from manifests.base import Count, DecimalText, Manifest, PositiveCount
 
 Policy = Literal["fcfs", "priority", "deadline", "fair"]
+"""Who is served next: arrival; least priority number, then arrival; earliest deadline; least served tenant."""
+PrefixSharing = Literal["tenant", "all"]
 
 
 class SchedulingManifest(Manifest):
@@ -35,3 +37,31 @@ class SchedulingManifest(Manifest):
     batch_sizes: tuple[PositiveCount, ...] = (1, 2, 4, 8)
     """Row counts that a call is padded to, ascending."""
     engine_id: str = "engine-0"
+    max_num_queued_reqs: PositiveCount | None = None
+    """Sequences that may wait; one more is refused with a time to come back."""
+    max_num_queued_tokens: PositiveCount | None = None
+    """Tokens that the waiting sequences may have together."""
+    max_preemptions: Count | None = None
+    """Times that a sequence may lose its blocks to others; None is no limit under `fcfs`, where the oldest never does,
+    and 4 under the other policies."""
+    aging_steps: PositiveCount = 1_000
+    """Steps of waiting that outweigh one level of priority (`priority`)."""
+    aging_us: PositiveCount = 60_000_000
+    """No sequence is ordered as if due later than this after its arrival (`deadline`)."""
+    load_shedding: bool = False
+    """Whether a waiting sequence whose deadline cannot be met is refused rather than run into it."""
+    prefix_sharing: PrefixSharing = "tenant"
+    """Whose cached prefixes a sequence may read: its own tenant's, or anybody's under the same salt."""
+    max_undelivered_tokens: PositiveCount | None = None
+    """Tokens that a stream may be ahead of its reader before its sequence is passed over; None is no limit."""
+
+    later_fields: ClassVar[tuple[str, ...]] = (
+        "max_num_queued_reqs",
+        "max_num_queued_tokens",
+        "max_preemptions",
+        "aging_steps",
+        "aging_us",
+        "load_shedding",
+        "prefix_sharing",
+        "max_undelivered_tokens",
+    )

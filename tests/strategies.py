@@ -103,6 +103,14 @@ schedulings = st.builds(
     context_multiple=positive_counts,
     batch_sizes=st.lists(positive_counts, max_size=3).map(tuple),
     engine_id=texts,
+    max_num_queued_reqs=st.none() | positive_counts,
+    max_num_queued_tokens=st.none() | positive_counts,
+    max_preemptions=st.none() | counts,
+    aging_steps=st.just(1_000) | positive_counts,
+    aging_us=st.just(60_000_000) | positive_counts,
+    load_shedding=st.booleans(),
+    prefix_sharing=st.sampled_from(["tenant", "all"]),
+    max_undelivered_tokens=st.none() | positive_counts,
 )
 generations = st.builds(
     GenerationManifest,

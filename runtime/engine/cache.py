@@ -27,9 +27,9 @@ class Origin(NamedTuple):
     row: int
 
 
-def root_hash(tenant: str, salt: str) -> bytes:
-    """Start a chain of block hashes that no other tenant or salt can meet."""
-    text = f"{len(tenant)}:{tenant}:{salt}".encode()
+def root_hash(tenant: str | None, salt: str) -> bytes:
+    """Start a chain of block hashes that no other tenant or salt can meet; None is the chain that tenants share."""
+    text = (f"*:{salt}" if tenant is None else f"{len(tenant)}:{tenant}:{salt}").encode()
     return hashlib.sha256(b"replaylab.prefix/1\x00" + text).digest()
 
 

@@ -2,7 +2,7 @@
 
 RuntimeFailure
   CapacityRefused
-    SequenceRefused     capacity_admission     the request can never fit, or the engine takes no more work
+    SequenceRefused     capacity_admission     the request can never fit, the queue is full, or it was given up
   RequestRefused
     GrammarRefused      validation_policy      the schema cannot constrain decoding
     SamplingRefused     validation_policy      the request itself is malformed
@@ -18,7 +18,33 @@ from traces.failures import FailureClass
 
 
 class SequenceRefused(CapacityRefused):
-    """The request can never fit into this engine, or the engine is closing; nothing was queued."""
+    """The request can never fit into this engine, its queue is full, it is closing, or it gave the sequence up.
+
+    `reason` says which: `sequence_too_long`, `queue_full`, `engine_closed`, `deadline_unreachable`, `preemption_limit`.
+    """
+
+
+def given_up(
+    reason: str, *, queue_depth: int, free_blocks: int, deadline_us: int | None, preemptions: int
+) -> SequenceRefused:
+    """Return the refusal of a sequence that was accepted first, in words."""
+    late = reason == "deadline_unreachable"
+    return SequenceRefused(
+        "At the pace of this engine the first token would come after the deadline."
+        if late
+        else f"No cache block was left, and every running sequence had been evicted {preemptions} times already.",
+        reason=reason,
+        evidence={
+            "queue_depth": queue_depth,
+            "reservation_failure": None if late else "kv_blocks",
+            "memory_pressure": {"free_blocks": free_blocks},
+            "deadline_us": deadline_us,
+            "retry_after_us": None,
+        },
+        fix="allow more time, or send it when less is waiting"
+        if late
+        else "raise scheduling.num_blocks or max_preemptions, or lower max_num_seqs",
+    )
 
 
 class GrammarRefused(RequestRefused):

@@ -40,6 +40,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     request_ref: str | None = None
     forced_tokens: tuple[int, ...] | None = None
     """Feed these tokens whatever would have been chosen; records then say what would have been."""
+    priority: int = 0
+    """Lower is served first, where the scheduler's policy looks at it."""
 
     def encode(self) -> bytes:
         """Return the request as JSON; equal requests give equal bytes."""

@@ -16,11 +16,12 @@ from typing import NamedTuple, Protocol
 from manifests.scheduling import SchedulingManifest
 from runtime.backends.protocol import Executor, Floats
 from runtime.engine.containment import ContainedCalls
-from runtime.engine.errors import EngineFailed, SequenceRefused
+from runtime.engine.errors import EngineFailed, SequenceRefused, given_up
 from runtime.engine.generation import FinishReason, GenerationRequest, GenerationResult, OnToken
 from runtime.engine.grammar import GrammarCompiler, TextTokenizer
 from runtime.engine.live import Handle, LiveSequence, LoopDelivery, monotonic_us
-from runtime.engine.plan import Call, StepPlan
+from runtime.engine.pace import Pace
+from runtime.engine.plan import Call, Refusal, StepPlan
 from runtime.engine.recording import EngineJournal, EventRecorder, StepTimes
 from runtime.engine.runner import CallRunner
 from runtime.engine.sampling import Scratch
@@ -67,6 +68,7 @@ class Engine:
         self._journal = EngineJournal(recorder, engine_id=self.engine_id)
         self._runner = CallRunner(executor, self.settings, clock=clock)
         self._scratch = Scratch()
+        self._pace = Pace()
         self._state = new_state(self.settings)
         self._live: dict[int, LiveSequence] = {}
         self._deadlines: list[tuple[int, int]] = []
@@ -175,19 +177,37 @@ class Engine:
     def _enter(self, sequence: LiveSequence) -> None:
         request = sequence.request
         sequence.index = self._arrived
+        try:
+            submit(
+                self._state,
+                sequence.index,
+                prompt=request.prompt,
+                max_tokens=request.sampling.max_tokens,
+                tenant=request.tenant,
+                salt=request.cache_salt,
+                priority=request.priority,
+                deadline_us=sequence.deadline_us,
+                now_us=sequence.submitted_us,
+            )
+        except SequenceRefused as refusal:
+            self._turn_away(sequence, refusal)
+            return
         self._arrived += 1
-        submit(
-            self._state,
-            sequence.index,
-            prompt=request.prompt,
-            max_tokens=request.sampling.max_tokens,
-            tenant=request.tenant,
-            salt=request.cache_salt,
-        )
         self._live[sequence.index] = sequence
         if sequence.deadline_us is not None:
             heapq.heappush(self._deadlines, (sequence.deadline_us, sequence.index))
-        self._journal.admitted(sequence.index, request, input_ref=sequence.input_ref)
+        self._journal.admitted(
+            sequence.index, request, submitted_us=sequence.submitted_us, input_ref=sequence.input_ref
+        )
+
+    def _turn_away(self, sequence: LiveSequence, refusal: SequenceRefused) -> None:
+        """Refuse a sequence at the door; it never was in the queue."""
+        excess = refusal.evidence.get("excess")
+        if excess is not None:
+            refusal.evidence["retry_after_us"] = self._pace.wait_us(self._clock(), **excess)
+        refusal.evidence["deadline_us"] = sequence.request.deadline_us
+        self._journal.refused(sequence.request, refusal, input_ref=sequence.input_ref)
+        sequence.future.set_exception(refusal)
 
     def _pass_deadlines(self) -> None:
         while self._deadlines and self._deadlines[0][0] <= self._clock():
@@ -197,7 +217,9 @@ class Engine:
 
     def _step(self) -> None:
         times = StepTimes(self._clock())
-        plan, self._state = plan_step(self._state)
+        plan, self._state = plan_step(self._state, now_us=times.started_us, step_us=self._pace.shortest_step_us)
+        for refusal in plan.refusals:
+            self._give_up(refusal)
         self._runner.apply(plan)
         self._note_admissions(plan, times.started_us)
         tokens_of = {sequence.index: sequence.tokens for sequence in self._state.running}
@@ -216,6 +238,8 @@ class Engine:
         plan = calls.plan()
         complete_step(self._state, plan, sampled)
         times.total_us = self._clock() - times.started_us
+        if plan.calls:
+            self._pace.stepped(times.started_us, times.total_us)
         kv_blocks = self.settings.num_blocks - self._state.cache.available
         self._journal.stepped(
             plan, times, queue_depth=len(self._state.waiting), kv_blocks=kv_blocks, sampled=len(sampled)
@@ -227,11 +251,26 @@ class Engine:
     def _note_admissions(self, plan: StepPlan, now_us: int) -> None:
         for preemption in plan.preemptions:
             self._live[preemption.sequence].preemptions += 1
+        if plan.admissions:
+            known = sum(admission.known for admission in plan.admissions)
+            self._pace.admitted(now_us, sequences=len(plan.admissions), tokens=known)
         for admission in plan.admissions:
             sequence = self._live[admission.sequence]
             if sequence.first_step_us is None:
                 sequence.first_step_us = now_us
                 sequence.cached_tokens = len(admission.hits) * self.settings.block_size
+
+    def _give_up(self, refusal: Refusal) -> None:
+        """Fail a sequence that the scheduler refused after it had been accepted."""
+        sequence = self._live[refusal.sequence]
+        failure = given_up(
+            refusal.reason,
+            queue_depth=len(self._state.waiting),
+            free_blocks=self._state.cache.available,
+            deadline_us=sequence.request.deadline_us,
+            preemptions=sequence.preemptions,
+        )
+        self._finish(sequence, "error", failure)
 
     def _choose(
         self,

@@ -96,6 +96,20 @@ class Preemption(msgspec.Struct, array_like=True, frozen=True):
     discarded: int
     """Computed tokens thrown away (those still cached may be hit again)."""
     reason: str = "kv_full"
+    """`kv_full`: another one found no block; `priority`: for one of a better priority; `stalled`: its reader was behind
+    and others needed the place."""
+
+
+class Refusal(msgspec.Struct, array_like=True, frozen=True):
+    """An accepted sequence that this step gave up: it never gets a row again, and its blocks are free."""
+
+    sequence: int
+    reason: str
+    """`deadline_unreachable`, or `preemption_limit`: no block was left and all others may not be evicted any more."""
+    now_us: int | None = None
+    """The time that decided it, where time did."""
+    step_us: int | None = None
+    """Duration of a step that was reckoned with."""
 
 
 class StepPlan(msgspec.Struct, array_like=True, frozen=True):
@@ -108,6 +122,9 @@ class StepPlan(msgspec.Struct, array_like=True, frozen=True):
     """New blocks: [sequence, block, block, ...], appended to that sequence's table."""
     releases: list[Release] = []
     preemptions: list[Preemption] = []
+    refusals: list[Refusal] = []
+    held: list[int] = []
+    """Running sequences that were passed over because their readers are too far behind."""
 
     @property
     def token_count(self) -> int:
@@ -120,8 +137,9 @@ class StepPlan(msgspec.Struct, array_like=True, frozen=True):
         return sum(len(call.sequences) for call in self.calls)
 
     def encode(self) -> str:
-        """Return the plan as compact JSON text of nested arrays."""
-        return msgspec.json.encode(self).decode("ascii")
+        """Return the plan as compact JSON text of nested arrays; rare trailing columns are left out where empty."""
+        text = msgspec.json.encode(self).decode("ascii")
+        return text if self.refusals or self.held else text[: -len(",[],[]]")] + "]"
 
 
 class SequenceEntry(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ from runtime.engine.generation import GenerationRequest, GenerationResult
 from runtime.engine.plan import StepPlan
 from runtime.engine.sampling import DIGEST_ALGORITHM, SAMPLER_ALGORITHM
 from runtime.engine.settings import Settings
-from traces.failures import TelemetryPersistenceError
+from traces.failures import ClassifiedError, TelemetryPersistenceError
 
 
 class EventRecorder(Protocol):
@@ -67,17 +67,40 @@ class EngineJournal:
         except TelemetryPersistenceError:
             return None
 
-    def admitted(self, index: int, request: GenerationRequest, *, input_ref: str | None) -> None:
-        """Record which request a sequence index stands for."""
+    def admitted(self, index: int, request: GenerationRequest, *, submitted_us: int, input_ref: str | None) -> None:
+        """Record which request a sequence index stands for, and what ordered it; the time is the engine's clock."""
         self._recorder.emit(
             "engine.sequence",
-            payload={"phase": "admitted", "index": index, "sequence_id": request.sequence_id},
+            payload={
+                "phase": "admitted",
+                "index": index,
+                "sequence_id": request.sequence_id,
+                "priority": request.priority,
+                "deadline_us": request.deadline_us,
+                "submitted_us": submitted_us,
+            },
             track="B",
             engine_id=self._engine_id,
             request_ref=request.request_ref,
             tenant_ref=request.tenant,
             input_tokens=len(request.prompt),
             input_ref=input_ref,
+        )
+
+    def refused(self, request: GenerationRequest, refusal: ClassifiedError, *, input_ref: str | None) -> None:
+        """Record a sequence that the queue did not take; it has no index, because no plan knows it."""
+        self._recorder.emit(
+            "engine.refused",
+            payload={"sequence_id": request.sequence_id} | refusal.to_payload(),
+            track="B",
+            engine_id=self._engine_id,
+            request_ref=request.request_ref,
+            tenant_ref=request.tenant,
+            input_tokens=len(request.prompt),
+            input_ref=input_ref,
+            failure_class=refusal.failure_class.value,
+            error_type=refusal.error_type,
+            status="error",
         )
 
     def finished(self, index: int, request: GenerationRequest, result: GenerationResult, *, total_us: int) -> None:

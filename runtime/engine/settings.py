@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from decimal import Decimal
 
-from manifests.scheduling import SchedulingManifest
+from manifests.scheduling import Policy, SchedulingManifest
 from runtime.backends.protocol import Executor
 from runtime.engine.errors import SequenceRefused
+
+MAX_PREEMPTIONS = 4
+"""Where the manifest names none, under every policy but `fcfs`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +29,17 @@ class Settings:
     batch_sizes: tuple[int, ...]
     longest_sequence: int
     """Prompt and output tokens together."""
+    policy: Policy
+    max_num_queued_reqs: int | None
+    max_num_queued_tokens: int | None
+    max_preemptions: int | None
+    """None is no limit."""
+    aging_steps: int
+    aging_us: int
+    load_shedding: bool
+    share_prefixes: bool
+    """Whether tenants may read each other's cached prefixes."""
+    max_undelivered_tokens: int | None
 
     @classmethod
     def of(
@@ -34,8 +48,6 @@ class Settings:
         """Read a manifest under a package's bounds; raises SequenceRefused where they contradict each other."""
         multiple, block = manifest.context_multiple, manifest.block_size
         sizes = tuple(sorted(manifest.batch_sizes))
-        if manifest.policy != "fcfs":
-            raise _refused(f"this engine schedules fcfs, not {manifest.policy}", fix="set scheduling.policy to fcfs")
         if multiple % block:
             raise _refused(f"context_multiple {multiple} is no multiple of block_size {block}", fix="choose a multiple")
         if manifest.max_num_batched_tokens < manifest.max_num_seqs:
@@ -66,6 +78,15 @@ class Settings:
             context_multiple=multiple,
             batch_sizes=sizes,
             longest_sequence=min(max_positions, max_context // multiple * multiple, manifest.num_blocks * block),
+            policy=manifest.policy,
+            max_num_queued_reqs=manifest.max_num_queued_reqs,
+            max_num_queued_tokens=manifest.max_num_queued_tokens,
+            max_preemptions=_preemption_limit(manifest),
+            aging_steps=manifest.aging_steps,
+            aging_us=manifest.aging_us,
+            load_shedding=manifest.load_shedding,
+            share_prefixes=manifest.prefix_sharing == "all",
+            max_undelivered_tokens=manifest.max_undelivered_tokens,
         )
 
     def pad_batch(self, rows: int) -> int:
@@ -96,6 +117,12 @@ def settings_for(scheduling: SchedulingManifest, executor: Executor) -> Settings
 def pool_slots(settings: Settings) -> int:
     """Slots of one layer's pool: the usable blocks and the scratch block."""
     return (settings.num_blocks + 1) * settings.block_size
+
+
+def _preemption_limit(manifest: SchedulingManifest) -> int | None:
+    if manifest.max_preemptions is not None or manifest.policy == "fcfs":
+        return manifest.max_preemptions
+    return MAX_PREEMPTIONS
 
 
 def _refused(message: str, *, fix: str) -> SequenceRefused:

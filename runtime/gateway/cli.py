@@ -23,6 +23,7 @@ ISOLATION = ("none", "faulty", "all")  # as runtime.backends.hosted_process has 
 EPILOG = """\
 example:
   replaylab serve --deployment desk --create PACKAGE
+  replaylab serve --deployment desk --create PACKAGE --scheduling policy=priority --scheduling max_num_queued_reqs=64
   curl -s localhost:8321/v1/requests -H "Authorization: Bearer $KEY" -d '{"tenant": "aurora", "actor": "me",
        "task": {"kind": "support", "question": "How long is the warranty for tents?"}}'
 
@@ -45,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--create", metavar="PACKAGE", nargs="+", help="create the support desk on these packages, in order of fallback"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the created desk's articles and accounts")
+    parser.add_argument(
+        "--scheduling",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="an engine setting of the created desk, as policy=fair; repeat for more",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8321, help="port to listen on (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="compute threads (default: %(default)s)")
@@ -60,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until interrupted; returns the exit code."""
+    from manifests.errors import ManifestError
     from traces.failures import ClassifiedError, FailureClass
 
     try:
@@ -68,6 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
         _say(arguments, error.to_payload(), f"{error.message}\nFix: {error.fix or 'see the evidence with --json'}")
         refused = error.failure_class in (FailureClass.ARTIFACT_COMPATIBILITY, FailureClass.VALIDATION_POLICY)
         return 2 if refused else 3
+    except ManifestError as error:
+        _say(arguments, {"message": str(error), "fix": error.fix}, str(error))
+        return 2
     except OSError as error:
         _say(arguments, {"message": str(error)}, f"Cannot listen on {arguments.host}:{arguments.port}: {error}")
         return 3
@@ -79,10 +91,13 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     import uvicorn
 
+    from manifests.errors import PinError
     from runtime.gateway.app import create_app
     from runtime.gateway.sessions import serving_session
     from runtime.serve.deployment import Deployment
 
+    if arguments.scheduling and not arguments.create:
+        raise PinError("a deployment has its own settings", where="--scheduling", fix="Leave it out, or give --create")
     deployment = _create(arguments) if arguments.create else Deployment.load(arguments.deployment)
 
     async def body(listener: socket.socket) -> None:
@@ -132,13 +147,16 @@ async def _serve_until_signalled(server: uvicorn.Server, listener: socket.socket
 
 
 def _create(arguments: argparse.Namespace) -> Deployment:
+    from manifests.run import with_settings
+    from manifests.scheduling import SchedulingManifest
     from runtime.prepare.store import PackageStore
     from runtime.serve.deployment import create_support_desk
 
+    scheduling = with_settings(SchedulingManifest(), arguments.scheduling, dimension="scheduling")
     store = PackageStore(arguments.ledger)
     names = ["primary", *(f"fallback-{place}" for place in range(1, len(arguments.create)))]
     packages = {name: store.resolve(package) for name, package in zip(names, arguments.create, strict=True)}
-    return create_support_desk(arguments.deployment, seed=arguments.seed, packages=packages)
+    return create_support_desk(arguments.deployment, seed=arguments.seed, packages=packages, scheduling=scheduling)
 
 
 def _say(arguments: argparse.Namespace, document: Mapping[str, object], text: str) -> None:

@@ -69,9 +69,7 @@ class Loaded:
         }
 
 
-def load_package(
-    store: PackageStore, digest: str, *, threads: int = 1, hosting: Hosting | None = None
-) -> LoadedModel:
+def load_package(store: PackageStore, digest: str, *, threads: int = 1, hosting: Hosting | None = None) -> LoadedModel:
     """Verify a package and load it, in a process of its own where `hosting` says how.
 
     Every file's digest and the manifest's signature are checked before any parser sees a byte, then the compatibility

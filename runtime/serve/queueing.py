@@ -116,6 +116,7 @@ def _request(
         grammar=None if grammar is None else grammar.text,
         deadline_us=remaining_us,
         request_ref=services.identity.request_ref,
+        priority=accepted.envelope.priority,
     )
 
 

@@ -81,7 +81,7 @@ def test_a_trace_file_is_recorded_scaled_to_the_model(
         (["none.jsonl", "--package", "plain"], "no such file"),
         (["support-desk"], "2 packages are prepared; say which"),
         (["support-desk", "--package", "green"], "names no package"),
-        (["support-desk", "--package", "plain", "--scheduling", "colour=1"], "is no scheduling field"),
+        (["support-desk", "--package", "plain", "--scheduling", "colour=1"], "no field of scheduling"),
         (["support-desk", "--package", "plain", "--scheduling", "block_size=0"], "block_size"),
         (["support-desk", "--deployment", "nowhere"], "no readable deployment"),
     ],

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import msgspec
 import pytest
 
 from manifests.scheduling import SchedulingManifest
@@ -118,6 +119,63 @@ def test_a_passed_deadline_gives_the_partial_output() -> None:
         result = live.submit(request(max_tokens=200, deadline_us=100)).wait(60)
     assert result.finish_reason == "deadline"
     assert 0 < len(result.tokens) < 200
+
+
+def test_a_full_queue_refuses_with_an_estimate_and_the_rest_is_served() -> None:
+    """Two run, two wait, the fifth is turned away: classified, recorded, with a time to come back once one is known."""
+    scheduling = SCHEDULING.model_copy(update={"max_num_seqs": 1, "batch_sizes": (1,), "max_num_queued_reqs": 2})
+    recorder = ListRecorder()
+    running = threading.Event()
+    with Engine(ToyModel(ToyExecutor()), scheduling, recorder) as live:
+        first = live.submit(request("first", max_tokens=200), lambda _: running.set())
+        assert running.wait(60)
+        handles = [live.submit(request(str(n), max_tokens=2)) for n in range(3)]
+        with pytest.raises(SequenceRefused) as caught:
+            handles[2].wait(60)
+        assert [handle.wait(60).finish_reason for handle in (first, *handles[:2])] == ["length"] * 3
+    evidence = caught.value.complete_evidence()
+    assert (caught.value.error_type, evidence["queue_depth"]) == ("queue_full", 2)
+    assert evidence["retry_after_us"] > 0
+    (told,) = [columns | payload for name, payload, columns in recorder.events if name == "engine.refused"]
+    assert (told["sequence_id"], told["failure_class"], told["error_type"]) == ("2", "capacity_admission", "queue_full")
+    assert not any(
+        payload.get("sequence_id") == "2" for name, payload, _ in recorder.events if name == "engine.sequence"
+    )
+
+
+def test_a_deadline_out_of_reach_is_refused_before_it_costs_anything() -> None:
+    """The first request teaches the engine its pace; the second could not have a token in time."""
+    ticks = iter(range(0, 100_000_000, 10))
+    scheduling = SCHEDULING.model_copy(update={"policy": "deadline", "load_shedding": True})
+    recorder = ListRecorder()
+    with Engine(ToyModel(ToyExecutor()), scheduling, recorder, clock=lambda: next(ticks)) as live:
+        assert live.submit(request("one", deadline_us=10_000_000)).wait(60).finish_reason == "length"
+        late = live.submit(request("late", prompt=(1,) * 100, deadline_us=150))
+        with pytest.raises(SequenceRefused) as caught:
+            late.wait(60)
+    assert caught.value.error_type == "deadline_unreachable"
+    (refusal,) = [refusal for plan in plans_of(recorder) for refusal in plan.refusals]
+    assert refusal.now_us is not None and refusal.step_us is not None
+    ended = [
+        columns for name, payload, columns in recorder.events if name == "engine.sequence" and payload["index"] == 1
+    ]
+    assert (ended[1]["failure_class"], ended[1]["finish_reason"]) == ("capacity_admission", "error")
+
+
+@pytest.mark.parametrize("policy", ["priority", "deadline", "fair"])
+def test_every_policy_serves_a_live_engine(policy: str) -> None:
+    """Under memory pressure, with cancellations: everything ends, and the plans are the schedule."""
+    scheduling = SCHEDULING.model_copy(update={"policy": policy, "num_blocks": 14})
+    requests = [
+        msgspec.structs.replace(one, priority=number % 3, deadline_us=60_000_000 - number)
+        for number, one in enumerate(requests_with_shared_prefixes(24, seed=5, vocab_size=50))
+    ]
+    recording = record(ToyModel(ToyExecutor()), scheduling, requests, cancel_every=7)
+    assert {result.finish_reason for result in recording.results} <= {"length", "stop", "cancelled"}
+    assert any(plan.preemptions for plan in recording.plans)
+    again = record(ToyModel(ToyExecutor()), SCHEDULING, requests[:1])
+    if recording.results[0].finish_reason != "cancelled":
+        assert again.results[0].finish_reason == recording.results[0].finish_reason
 
 
 def test_a_raising_callback_cancels_its_own_sequence() -> None:

@@ -31,6 +31,21 @@ def test_an_unknown_package_is_refused_as_json(tmp_path: Path, capsys: pytest.Ca
     assert json.loads(capsys.readouterr().out)["failure_class"] == "artifact_compatibility"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--scheduling", "policy=fair"], "a deployment has its own settings"),
+        (["--create", "nothing", "--scheduling", "policy=best"], "one of fcfs, priority, deadline, fair"),
+        (["--create", "nothing", "--scheduling", "polcy=fair"], "Did you mean policy"),
+    ],
+)
+def test_a_wrong_scheduling_setting_is_refused(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(arguments("--ledger", str(tmp_path), *words)) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_taken_port_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from runtime.serve.deployment import create_support_desk
 
