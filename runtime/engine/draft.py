@@ -11,14 +11,11 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from typing import TYPE_CHECKING
 
 from runtime.engine.plan import DECODE, PREFILL, Admission, Call, Hit, Preemption, Refusal
 from runtime.engine.scheduled import SequenceState
 from runtime.engine.settings import Settings
-
-if TYPE_CHECKING:
-    from runtime.engine.scheduler import SchedulerState
+from runtime.engine.state import SchedulerState
 
 PlannedRow = tuple[int, int, int, bool]
 """Sequence, first position, tokens, and whether its last logits are sampled."""

@@ -173,9 +173,6 @@ def test_every_policy_serves_a_live_engine(policy: str) -> None:
     recording = record(ToyModel(ToyExecutor()), scheduling, requests, cancel_every=7)
     assert {result.finish_reason for result in recording.results} <= {"length", "stop", "cancelled"}
     assert any(plan.preemptions for plan in recording.plans)
-    again = record(ToyModel(ToyExecutor()), SCHEDULING, requests[:1])
-    if recording.results[0].finish_reason != "cancelled":
-        assert again.results[0].finish_reason == recording.results[0].finish_reason
 
 
 def test_a_raising_callback_cancels_its_own_sequence() -> None:
