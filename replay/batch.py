@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from replay.jobs import Job, ReplayMode, Report
-from replay.launch import run_job
+from replay.launch import WORKER, run_job
 from replay.verdict import ReplayVerdict
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def replay_requests(
     repeat: int = 1,
     on_verdict: Callable[[Done], None] = lambda done: None,
     on_report: Callable[[Report], None] = lambda report: None,
+    on_progress: Callable[[str], None] = lambda state: None,
 ) -> list[Done]:
     """Replay requests of a run, all of them unless named, and return their verdicts in order of repeat and arrival.
 
@@ -45,8 +46,10 @@ def replay_requests(
         repeat: how many times each request is run.
         on_verdict: called with each verdict as it becomes known.
         on_report: called with each line a worker says.
-    Raises ReplayRefused for a pin that does not exist, ReplayFailed when no worker can run at all.
+        on_progress: told what is done before a worker can start: an environment with another version is made.
+    Raises ReplayRefused for a pin that does not exist or cannot be had, ReplayFailed when no worker can run at all.
     """
+    from replay.environments import environment_for
     from replay.groups import group_requests
     from replay.records import load_run
     from replay.substitutes import parse_substitutions
@@ -55,7 +58,9 @@ def replay_requests(
     recorded = load_run(ledger, run_id)
     wanted = list(recorded.requests) if requests is None else list(requests)
     done: list[Done] = []
-    for group in group_requests([recorded.requests[reference] for reference in wanted], substitutions):
+    groups = group_requests([recorded.requests[reference] for reference in wanted], substitutions)
+    place = environment_for(substitutions, on_progress=on_progress)
+    for group in groups:
         job = Job(
             ledger=ledger.path,
             run_id=run_id,
@@ -64,7 +69,13 @@ def replay_requests(
             settings=tuple(settings),
             repeat=repeat,
         )
-        for request, turn, verdict in run_job(job, environment=group.environment, on_report=on_report):
+        running = run_job(
+            job,
+            environment=place.variables(group.environment),
+            on_report=on_report,
+            command=(place.interpreter, *WORKER[1:]),
+        )
+        for request, turn, verdict in running:
             done.append(Done(request=request, turn=turn, verdict=verdict))
             on_verdict(done[-1])
     places = {reference: place for place, reference in enumerate(wanted)}

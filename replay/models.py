@@ -109,5 +109,5 @@ def candidates(ledger: Path) -> tuple[Candidate, ...]:
         except ClassifiedError:
             continue
         artifact = manifest.artifact.model_copy(update={"package_digest": digest})
-        found.append(Candidate(digest=digest, artifact=artifact, compiler=manifest.compiler))
+        found.append(Candidate(digest=digest, artifact=artifact, compiler=manifest.compiler, options=manifest.options))
     return tuple(found)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from manifests.artifact import ArtifactManifest
 from manifests.compiler import CompilerManifest
@@ -20,13 +20,15 @@ class Candidate:
     digest: str
     artifact: ArtifactManifest
     compiler: CompilerManifest
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What its preparation was asked for, as the package's manifest has it."""
 
 
 class Preparing(Protocol):
     """Prepares a package of a model as asked, or gives None when it has not got the model."""
 
     def __call__(
-        self, *, model_digest: str, wanted: CompilerManifest, asked: Sequence[Substitution]
+        self, *, base: Candidate | None, model_digest: str, wanted: CompilerManifest, asked: Sequence[Substitution]
     ) -> Candidate | None: ...
 
 
@@ -57,13 +59,17 @@ class PackageChoice:
         before = next((one for one in self.candidates if one.digest == recorded), None)
         base = pins if before is None else pins.replace(artifact=before.artifact, compiler=before.compiler)
         wanted = apply_to_pins(base, asked).compiler
+        quantized = next((one for one in asked if one.pin == "artifact.quantization"), None)
         fitting = [
             one
             for one in self.candidates
-            if one.artifact.model_digest == base.artifact.model_digest and _has(one.compiler, wanted, asked)
+            if one.artifact.model_digest == base.artifact.model_digest
+            and (quantized is None or one.artifact.quantization == quantized.value)
+            and _has(one.compiler, wanted, asked)
         ]
         if not fitting and self.prepare is not None:
-            made = self.prepare(model_digest=base.artifact.model_digest, wanted=wanted, asked=asked)
+            model_digest = base.artifact.model_digest
+            made = self.prepare(base=before, model_digest=model_digest, wanted=wanted, asked=asked)
             if made is not None and _has(made.compiler, wanted, asked):
                 self.candidates += (made,)
                 fitting = [made]
@@ -78,7 +84,7 @@ class PackageChoice:
         return min(fitting, key=lambda one: (_distance(one.compiler, wanted), one.digest)).digest
 
     def _asked(self) -> tuple[Substitution, ...]:
-        return tuple(one for one in self.substitutions if one.way is Way.PACKAGE)
+        return tuple(one for one in self.substitutions if one.way in (Way.PACKAGE, Way.VERSION))
 
     def _by_digest(self, named: Substitution) -> str:
         """Return the package whose digest is, or begins with, the value."""
@@ -95,7 +101,8 @@ class PackageChoice:
 
 def _has(compiler: CompilerManifest, wanted: CompilerManifest, asked: Sequence[Substitution]) -> bool:
     """Tell whether a package has every compiler pin that was asked for."""
-    return all(_value(compiler, one.pin) == _value(wanted, one.pin) for one in asked)
+    paths = [path for one in asked for path in one.paths if path.startswith("compiler.")]
+    return all(_value(compiler, path) == _value(wanted, path) for path in paths)
 
 
 def _value(compiler: CompilerManifest, pin: str) -> object:

@@ -13,7 +13,7 @@ from replay.plan import hardware_differences
 from replay.preparation_pins import recorded_value
 from replay.preparations import RecordedPreparation, RecordedStage
 from replay.stage_comparison import StageComparison, compare_stage, first_difference
-from replay.substitutes import Substitution
+from replay.substitutes import Substitution, Way
 from replay.verdict import ReplayVerdict, Verdict
 from traces.stages import Stage
 
@@ -44,6 +44,8 @@ def judge_rebuild(
         refusal: why nothing was built.
     """
     sides: dict[str, Any] = {"original": _side(original), "replay": {"run": child, "mode": "rebuild"}}
+    if refusal is None and failed is not None and failed.failure is not None:
+        refusal = _version_cannot(choices, failed)
     if refusal is not None:
         sides["replay"] |= {"status": "refused", "error_type": refusal.error_type, "fix": refusal.fix}
         return ReplayVerdict(verdict=Verdict.REFUSED, refused_pin=refusal.pin, detail=refusal.message, **sides)
@@ -96,6 +98,15 @@ def pin_changes(
                 change = {"pin": missing.pin, "original": missing.recorded, "replay": missing.here, "set": False}
                 found.append(change)
     return tuple(found)
+
+
+def _version_cannot(choices: Sequence[Substitution], failed: RecordedStage) -> PinRefused | None:
+    """Refuse the version that was asked for when a rebuild under it breaks; None where no version was asked for."""
+    asked = next((one for one in choices if one.way is Way.VERSION), None)
+    if asked is None or failed.failure is None:
+        return None
+    reason = f"{asked.value} cannot run this: stage {failed.stage.value} {failed.stage.word}: "
+    return PinRefused(reason + str(failed.failure["message"]), pin=asked.pin, fix="Choose a version nearer to ours.")
 
 
 def declared_unrepeatable(original: RecordedPreparation) -> Mapping[str, Any] | None:

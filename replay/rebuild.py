@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from replay.environments import installed, wanted_versions
 from replay.errors import PinRefused
 from replay.preparation_pins import change_options, parse_choices
 from replay.preparation_verdict import judge_rebuild
 from replay.preparations import RecordedPreparation, RecordedStage
 from replay.stage_comparison import StageComparison, compare_stage
-from replay.substitutes import Substitution
+from replay.substitutes import Substitution, Way
 from replay.verdict import ReplayVerdict
 from traces.failures import ClassifiedError, FailureClass
 
@@ -235,6 +236,10 @@ def _check_choices(backend: str, options: BuildOptions, choices: Sequence[Substi
     """Refuse by its pin what the backend does not offer, before anything is built."""
     from runtime.backends.registry import backend_named
 
+    for one in choices:
+        for name, version in wanted_versions(one).items() if one.way is Way.VERSION else ():
+            if installed(name) != version:
+                raise PinRefused(f"{version} does not run here: {name} is {installed(name)}", pin=one.pin)
     pin = choices[0].pin if choices else "compiler.backend"
     try:
         chosen: Any = backend_named(backend)

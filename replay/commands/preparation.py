@@ -49,6 +49,7 @@ def show_preparation(ledger: Ledger, run_id: str, *, as_json: bool) -> int:
 
 def run_preparation(arguments: argparse.Namespace, ledger: Ledger, target: Target) -> int:
     """Rebuild a preparation in a worker and print the verdict."""
+    from replay.environments import environment_for
     from replay.preparation_pins import parse_choices
     from replay.preparations import load_preparation
     from replay.rebuild import RebuildJob
@@ -64,10 +65,13 @@ def run_preparation(arguments: argparse.Namespace, ledger: Ledger, target: Targe
         stop_at_first=arguments.stop_at_first,
     )
     try:
-        parse_choices(arguments.settings)
-        environment = dict(os.environ) if recorded.hardware is None else pinned_environment(recorded.hardware)
+        choices = parse_choices(arguments.settings)
+        variables = dict(os.environ) if recorded.hardware is None else pinned_environment(recorded.hardware)
         with _Bar(quiet=arguments.json) as bar:
-            verdict = rebuild_in_worker(job, environment=environment, on_report=bar.heard)
+            place = environment_for(choices, on_progress=bar.say)
+            verdict = rebuild_in_worker(
+                job, environment=place.variables(variables), interpreter=place.interpreter, on_report=bar.heard
+            )
     except PinRefused as refusal:
         verdict = ReplayVerdict(
             verdict=Verdict.REFUSED,
@@ -124,6 +128,10 @@ class _Bar:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+    def say(self, state: str) -> None:
+        """Say what is done before the first stage."""
+        self._progress.update(self._task, state=state)
 
     def heard(self, report: RebuildReport) -> None:
         """Move with the worker."""

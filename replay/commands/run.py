@@ -32,6 +32,7 @@ example:
   replay run req_0199 --set 'tools.result.lookup_account={"account":"4821","plan":"gold",...}'
   replay run run_0198                               a preparation: rebuild, name the first of nine stages that differs
   replay run run_0198 --set compiler.optimization_level=basic
+  replay run run_0198 --set compiler.onnxruntime=1.30.0   (in an environment of its own; also for requests)
 exit codes: 0 exact or within tolerance, 1 diverged or unverified, 2 refused, 3 failed
 """
 
@@ -75,9 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
         for reference in wanted:
             check_values(recorded.requests[reference].pins, substitutions)
         group_requests([recorded.requests[reference] for reference in wanted], substitutions)
+        done = _replay(arguments, ledger, target, total=len(wanted) * arguments.repeat)
     except PinRefused as refusal:
         return _print_refusal(arguments, target, refusal)
-    done = _replay(arguments, ledger, target, total=len(wanted) * arguments.repeat)
     _print(arguments, done, whole_run=target.request_ref is None)
     verdicts = [one.verdict for one in done]
     return EXIT_FAILED if any(died(verdict) for verdict in verdicts) else exit_code(verdicts)
@@ -125,6 +126,7 @@ def _replay(arguments: argparse.Namespace, ledger: Ledger, target: Target, *, to
             repeat=arguments.repeat,
             on_verdict=count,
             on_report=_teller(lambda state: bar.update(task, state=state)),
+            on_progress=lambda state: bar.update(task, state=state),
         )
 
 

@@ -22,6 +22,7 @@ from runtime.backends.errors import BackendRefused, BuildFailed
 from runtime.backends.fixture import compare_with_reference, run_fixture
 from runtime.backends.lowering import ExportedLowering, target, unknown
 from runtime.backends.onnxruntime import MODEL, PROVIDERS, SETTINGS, OrtExecutor, open_session, session_options
+from runtime.backends.onnxruntime_log import session_log
 from runtime.backends.protocol import Boundary, LoadSpec
 
 FLAGS = {"disable_prepacking": "session.disable_prepacking"}
@@ -201,20 +202,12 @@ class OrtLowering(ExportedLowering):
         }
 
     def _rewrite(self, source: Path) -> tuple[tuple[str, ...], set[str]]:
-        lines: list[str] = []
-
-        def keep(*parts: object) -> None:
-            lines.append(str(parts[-1]))
-
         options = session_options(threads=self.options.threads, settings=self.settings, level=self.level)
         options.optimized_model_filepath = str(self._optimized)
         options.log_severity_level = 0  # the transformers report at this level only
-        onnxruntime.set_default_logger_callback(keep)
-        try:
+        with session_log() as lines:
             open_session(source, options, self.providers)
-        finally:
-            onnxruntime.set_default_logger_callback(None)
-        found = [re.match(r"GraphTransformer (\S+) modified: (\d)", line) for line in lines]
+        found = [re.search(r"GraphTransformer (\S+) modified: (\d)", line) for line in lines]
         passes = tuple(match.group(1) for match in found if match)
         return passes, {match.group(1) for match in found if match and match.group(2) == "1"}
 

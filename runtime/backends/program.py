@@ -126,6 +126,7 @@ def capture_program(model_folder: Path, options: BuildOptions) -> StepProgram:
             exported = torch.export.export(
                 decoder, inputs, dynamic_shapes=dynamic_shapes(checkpoint.config, options.program_bounds)
             )
+            forget_places(exported)
             held = io.BytesIO()
             torch.export.save(exported, held)
     except Exception as error:  # torch.export has no common error class
@@ -138,6 +139,18 @@ def capture_program(model_folder: Path, options: BuildOptions) -> StepProgram:
     spent = (time.perf_counter_ns() - start) // 1000
     check_capture(decoder, exported, inputs)
     return StepProgram(checkpoint, decoder, exported, held.getvalue(), tuple(noted), spent)
+
+
+def forget_places(exported: ExportedProgram) -> None:
+    """Drop from every node where in the source it came from: a checkout's path and line numbers are no identity.
+
+    They would be saved with the program, and go on into ONNX metadata and generated code: the same model prepared by
+    a copy of this code in another folder would have another digest at every stage.
+    """
+    for module in exported.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
 
 
 def check_capture(decoder: torch.nn.Module, exported: ExportedProgram, inputs: tuple[Tensor, ...]) -> None:

@@ -69,11 +69,20 @@ def differ(path: str, left: Any, right: Any, found: list[dict[str, str]]) -> Non
             for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
                 differ(f"{path}[{place}]", one, other, found)
             return
-        found.append(
-            {"field": path, "left": f"{len(ours)}: {_short(ours)}", "right": f"{len(theirs)}: {_short(theirs)}"}
-        )
+        only, others = _without(ours, theirs), _without(theirs, ours)
+        found.append({"field": path, "left": _listed(ours, only), "right": _listed(theirs, others)})
         return
     found.append({"field": path, "left": _short(left), "right": _short(right)})
+
+
+def _without(entries: list[Any], others: list[Any]) -> list[Any]:
+    return [entry for entry in entries if entry not in others]
+
+
+def _listed(entries: list[Any], only: list[Any]) -> str:
+    """Say how many entries a list has, and which the other one lacks."""
+    shown = ", ".join(_short(entry) for entry in only[:6]) + (", ..." if len(only) > 6 else "")
+    return f"{len(entries)} entries" + (f", only here: {shown}" if only else "")
 
 
 def _short(value: Any) -> str:

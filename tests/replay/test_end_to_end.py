@@ -181,7 +181,10 @@ def test_a_pin_that_cannot_be_set_is_refused_before_anything_runs(
         assert verdict["refused_pin"] == setting.partition("=")[0]
 
 
-def test_a_backend_that_was_never_prepared_is_refused_by_its_pin(replay: Replay, recorded: Recorded) -> None:
+def test_a_backend_that_was_never_prepared_is_refused_by_its_pin_without_the_model(
+    replay: Replay, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.prepare.sources.find_source", lambda *_, **__: None)
     (verdict,) = replay("compiler.backend=onnxruntime", requests=recorded.references()[:1]).values()
     assert (verdict.verdict, verdict.refused_pin) == (Verdict.REFUSED, "compiler.backend")
     assert "replaylab prepare" in str(verdict.replay["fix"])

@@ -72,7 +72,11 @@ def test_what_no_package_has_is_refused_by_its_pin(setting: str, pin: str) -> No
 def test_a_missing_package_is_prepared_once_where_that_is_possible() -> None:
     made: list[str] = []
 
-    def prepare(*, model_digest: str, wanted: CompilerManifest, asked: Sequence[Substitution]) -> Candidate:
+    def prepare(
+        *, base: Candidate | None, model_digest: str, wanted: CompilerManifest, asked: Sequence[Substitution]
+    ) -> Candidate:
+        assert base is not None
+        assert base.digest == RECORDED
         made.append(wanted.precision)
         return _candidate("made", precision=wanted.precision)
 
