@@ -62,24 +62,52 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, past_k: Tensor, past_v: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B,T,width], past_k and past_v [B,S,kv_heads,head_dim], mask [B,T,S+T] -> x, new k and v [B,T,kv width]."""
+        """Attend and feed forward.
+
+        x [B,T,width], past_k and past_v [B,S,kv_heads,head_dim], mask [B,T*heads/kv_heads,S+T].
+        Returns x and the new keys and values [B,T,kv_heads*head_dim].
+        """
         batch, tokens, _ = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(batch, tokens, self.heads + 2 * self.kv_heads, self.head_dim)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = self.project(x, cos, sin)
         keys, values = torch.cat([past_k, k], 1), torch.cat([past_v, v], 1)
-        repeats = self.heads // self.kv_heads
-        if repeats > 1:
-            keys, values = keys.repeat_interleave(repeats, dim=2), values.repeat_interleave(repeats, dim=2)
         attended = functional.scaled_dot_product_attention(
-            q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask[:, None]
+            self.group(q), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask[:, None]
         )
-        x = x + self.out(attended.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))
-        gate, up = self.gate_up(self.feed_forward_norm(x)).chunk(2, -1)
-        x = x + self.down(functional.silu(gate) * up)
+        x = self.feed_forward(x + self.out(self.ungroup(attended, tokens)))
         return x, k.reshape(batch, tokens, -1), v.reshape(batch, tokens, -1)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries [B,T,heads,head_dim], keys and values [B,T,kv_heads,head_dim], the first two rotated."""
+        batch, tokens, _ = x.shape
+        turning = self.heads + self.kv_heads
+        qkv = self.qkv(self.attention_norm(x)).view(batch, tokens, turning + self.kv_heads, self.head_dim)
+        turned, v = qkv.split([turning, self.kv_heads], dim=2)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = turned.split([self.heads, self.kv_heads], dim=2)
+            turned = torch.cat([self.query_norm(q), self.key_norm(k)], 2)
+        q, k = rotate(turned, cos, sin).split([self.heads, self.kv_heads], dim=2)
+        return q, k, v
+
+    def group(self, q: Tensor) -> Tensor:
+        """Make the heads that share a key head queries of one attention, so that no key is repeated.
+
+        [B,T,heads,head_dim] -> [B,kv_heads,T*repeats,head_dim], the heads of a token side by side.
+        """
+        batch, tokens = q.shape[:2]
+        repeats = self.heads // self.kv_heads
+        parted = q.reshape(batch, tokens, self.kv_heads, repeats, self.head_dim)
+        return parted.permute(0, 2, 1, 3, 4).reshape(batch, self.kv_heads, tokens * repeats, self.head_dim)
+
+    def ungroup(self, attended: Tensor, tokens: int) -> Tensor:
+        """Undo `group`: [B,kv_heads,T*repeats,head_dim] -> [B,T,heads*head_dim]."""
+        batch, repeats = attended.shape[0], self.heads // self.kv_heads
+        parted = attended.reshape(batch, self.kv_heads, tokens, repeats, self.head_dim)
+        return parted.permute(0, 2, 1, 3, 4).reshape(batch, tokens, self.heads * self.head_dim)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """Add the gated feed-forward layer to the residual stream [B,T,width]."""
+        gate, up = self.gate_up(self.feed_forward_norm(x)).chunk(2, -1)
+        return x + self.down(functional.silu(gate) * up)
 
 
 class Decoder(nn.Module):
@@ -127,6 +155,10 @@ class Decoder(nn.Module):
         order = torch.arange(tokens, device=slots.device)
         causal = (order[None, :] <= order[:, None])[None].expand(batch, tokens, tokens)
         mask = torch.cat([seen.expand(batch, tokens, context), causal], 2)
+        repeats = config.num_heads // config.num_kv_heads
+        if repeats > 1:
+            mask = mask[:, :, None].expand(batch, tokens, repeats, context + tokens)
+            mask = mask.reshape(batch, tokens * repeats, context + tokens)
         new_k: list[Tensor] = []
         new_v: list[Tensor] = []
         shape = (batch, context, config.num_kv_heads, config.head_dim)

@@ -20,7 +20,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from runtime.models.config import ModelConfig
-from runtime.models.decoder import Block, Decoder, NormKind, rotate
+from runtime.models.decoder import Block, Decoder, NormKind
 from runtime.models.layout import TILE
 
 
@@ -28,32 +28,30 @@ class InvariantBlock(Block):
     """One layer over columns that are positions."""
 
     def attend(
-        self, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor], places: tuple[Tensor, Tensor, Tensor]
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        past: tuple[Tensor, Tensor],
+        places: tuple[Tensor, Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B,T,width], past keys and values [B*S,kv width], places as `InvariantDecoder.places` -> as `forward`."""
+        """Attend and feed forward; as `Block.forward`.
+
+        x [B,T,width], past keys and values [B*kv_heads*S,head_dim], places as `InvariantDecoder.places` gives them.
+        """
         batch, tokens, _ = x.shape
-        groups, repeats, size = self.kv_heads, self.heads // self.kv_heads, self.head_dim
-        qkv = self.qkv(self.attention_norm(x)).view(batch, tokens, self.heads + 2 * groups, size)
-        q, k, v = qkv.split([self.heads, groups, groups], dim=2)
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        new_k, new_v = k.reshape(batch, tokens, -1), v.reshape(batch, tokens, -1)
+        q, k, v = self.project(x, cos, sin)
         columns, queries, mask = places
-        keys = torch.index_put(past[0], (columns,), new_k.flatten(0, 1)).view(batch, -1, groups, size)
-        values = torch.index_put(past[1], (columns,), new_v.flatten(0, 1)).view(batch, -1, groups, size)
-        # The heads that share a key head are queries of one attention: keys and values are not repeated.
-        q = q.view(batch, tokens, groups, repeats, size).permute(0, 2, 1, 3, 4).reshape(batch, groups, -1, size)
+        shape = (batch, self.kv_heads, -1, self.head_dim)
+        keys = torch.index_put(past[0], (columns,), k.reshape(-1, self.head_dim)).view(shape)
+        values = torch.index_put(past[1], (columns,), v.reshape(-1, self.head_dim)).view(shape)
         attended = functional.scaled_dot_product_attention(
-            q.index_select(2, queries), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask
+            self.group(q).index_select(2, queries), keys, values, attn_mask=mask
         )
         # Picked by index, not sliced: a slice would make torch.export ask whether there is anything to cut.
-        real = torch.arange(tokens * repeats, device=x.device)
-        attended = attended.index_select(2, real).view(batch, groups, tokens, repeats, size)
-        x = x + self.out(attended.permute(0, 2, 1, 3, 4).reshape(batch, tokens, self.heads * size))
-        gate, up = self.gate_up(self.feed_forward_norm(x)).chunk(2, -1)
-        x = x + self.down(functional.silu(gate) * up)
-        return x, new_k, new_v
+        real = torch.arange(tokens * (self.heads // self.kv_heads), device=x.device)
+        x = self.feed_forward(x + self.out(self.ungroup(attended.index_select(2, real), tokens)))
+        return x, k.reshape(batch, tokens, -1), v.reshape(batch, tokens, -1)
 
 
 class InvariantDecoder(Decoder):
@@ -87,25 +85,29 @@ class InvariantDecoder(Decoder):
         angle = positions[..., None].to(torch.float32) * self.inverse_frequency
         cos, sin = angle.cos().to(x.dtype)[:, :, None], angle.sin().to(x.dtype)[:, :, None]
         places = self.places(token_ids, slots, context_lengths)
-        flat = slots.reshape(-1)
+        # One row of the gathered table is one head of one position, so that attention finds each head's keys together.
+        heads = torch.arange(config.num_kv_heads, device=slots.device)
+        flat = (slots[:, None] * config.num_kv_heads + heads[None, :, None]).reshape(-1)
+        k_heads, v_heads = k_pool.view(-1, config.head_dim), v_pool.view(-1, config.head_dim)
         new_k: list[Tensor] = []
         new_v: list[Tensor] = []
         for index, block in enumerate(self.blocks):
-            rows = flat + index * pool_slots
-            past = functional.embedding(rows, k_pool), functional.embedding(rows, v_pool)
+            rows = flat + index * pool_slots * config.num_kv_heads
+            past = functional.embedding(rows, k_heads), functional.embedding(rows, v_heads)
             x, k, v = cast(InvariantBlock, block).attend(x, cos, sin, past, places)
             new_k.append(k)
             new_v.append(v)
         return self.head(self.norm(x)).to(torch.float32), torch.stack(new_k), torch.stack(new_v)
 
     def places(self, token_ids: Tensor, slots: Tensor, context_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return where things go: new tokens' columns [B*T], the token-and-head of each query [Q], mask [B,1,Q,S]."""
+        """Say where things go: rows of new keys [B*T*kv_heads], which query each tile row is [Q], mask [B,1,Q,S]."""
         batch, tokens = token_ids.shape
-        context = slots.shape[1]
-        repeats = self.config.num_heads // self.config.num_kv_heads
+        context, groups = slots.shape[1], self.config.num_kv_heads
+        repeats = self.config.num_heads // groups
         device = slots.device
         own = context_lengths[:, None] + torch.arange(tokens, device=device)[None]
-        columns = (torch.arange(batch, device=device)[:, None] * context + own).reshape(-1)
+        tables = torch.arange(batch, device=device)[:, None] * groups + torch.arange(groups, device=device)[None]
+        columns = (tables[:, None] * context + own[:, :, None]).reshape(-1)
         count = (tokens * repeats + self.tile - 1) // self.tile * self.tile
         queries = torch.arange(count, device=device).clamp(max=tokens * repeats - 1)
         limit = own.index_select(1, queries // repeats)
