@@ -25,6 +25,10 @@ class BlameJob:
 
     generation    which generation of the request, from 1; None searches them in order until one has a finding
     max_replays   most replays of a slice for each generation
+    arrivals      whether each arrival is moved by one step, too
+    samples       jittered schedules to try; 0 estimates no sensitivity
+    jitter        largest move of an arrival in them, in engine steps
+    seed          of the moves
     """
 
     ledger: Path
@@ -32,6 +36,10 @@ class BlameJob:
     request: str
     generation: int | None = None
     max_replays: int = 200
+    arrivals: bool = False
+    samples: int = 0
+    jitter: int = 1
+    seed: int = 0
 
     def encode(self) -> str:
         """Return the job as one line of JSON."""
@@ -62,7 +70,7 @@ def search(ledger: Ledger, job: BlameJob, *, tell: Callable[[str], None] = lambd
             if report.kind == "loading":
                 tell(f"loading {str(report.body['package'])[:19]}")
             elif report.kind == "progress":
-                tell(f"{report.body['replays']} replays")
+                tell(", ".join(f"{count} {word}" for word, count in report.body.items()))
             elif report.kind == "found":
                 found.append(dict(report.body))
             elif report.kind == "failed":

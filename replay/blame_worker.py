@@ -49,13 +49,17 @@ def run_blame(job: BlameJob, say: Say) -> None:
         sequences={},
         on_loading=lambda package: say(Report(kind="loading", body={"package": package})),
     )
-    for number, sequence in _chosen(ledger, request, job.generation):
+    chosen = _chosen(ledger, request, job.generation)
+    for number, sequence in chosen:
         replays = _replays(ledger, request, sequence, models, say)
         recorded = () if sequence.result is None else sequence.result.records
         blame = Search(replays, recorded, max_replays=job.max_replays).run()
         neighbours = Neighbours(ledger, job.run_id, sequence.engine_id, tenant=_tenant(request))
-        found = describe(blame, neighbours, positions=len(sequence.request.prompt) if sequence.request else 0)
-        say(Report(kind="found", body={"generation": number, "sequence": sequence.sequence_id} | found))
+        found = {"generation": number, "sequence": sequence.sequence_id} | describe(blame, neighbours)
+        last = bool(blame.findings) or number == chosen[-1][0]
+        if last and recorded and (job.samples or job.arrivals):
+            found |= _around(job, ledger, request, sequence, replays, neighbours, say)
+        say(Report(kind="found", body=found))
         if blame.findings:
             return
 
@@ -101,11 +105,55 @@ def _replays(
     )
 
 
-def describe(blame: Blame, neighbours: Neighbours, *, positions: int) -> dict[str, Any]:
-    """Return a search's result as JSON.  positions: prompt tokens, which come before the first output token."""
+def _around(
+    job: BlameJob,
+    ledger: Ledger,
+    request: RecordedRequest,
+    sequence: RecordedSequence,
+    replays: EditedReplays,
+    neighbours: Neighbours,
+    say: Say,
+) -> dict[str, Any]:
+    """Replay one generation under other arrivals: each moved by one step, and all of them jittered."""
+    from replay.arrivals import load_history
+    from replay.replanning import Replanner
+    from replay.sensitivity import measure, shift_arrivals
+
+    recorded = () if sequence.result is None else sequence.result.records
+    before, size = replays.count, replays.settings.block_size
+    history = load_history(ledger, job.run_id, sequence.engine_id, own=_tenant(request), block_size=size)
+    replanner = Replanner(replays, history, sequence.index, recorded)
+    found: dict[str, Any] = {}
+    if job.arrivals:
+        draft = replays.draft(len(recorded))
+        beside = {row.sequence for seat in draft.seats for row in draft.company(seat)}
+        shifts = shift_arrivals(replanner, beside)
+        found["arrivals"] = {
+            "faithful": replanner.faithful,
+            "shifts": [asdict(one) | {"who": _who(one.sequence, sequence, neighbours)} for one in shifts],
+        }
+    if job.samples:
+        found["sensitivity"] = asdict(
+            measure(
+                replanner,
+                jitter=job.jitter,
+                samples=job.samples,
+                seed=job.seed,
+                on_sample=lambda count: say(Report(kind="progress", body={"samples": count, "replays": replays.count})),
+            )
+        )
+    return found | {"replays_around": replays.count - before}
+
+
+def _who(index: int, sequence: RecordedSequence, neighbours: Neighbours) -> dict[str, Any] | None:
+    """Name a neighbour; None is the request itself."""
+    return None if index == sequence.index else neighbours.name(index)
+
+
+def describe(blame: Blame, neighbours: Neighbours) -> dict[str, Any]:
+    """Return a search's result as JSON."""
     return {
         "tokens": blame.tokens,
-        "prompt_tokens": positions,
         "edits": blame.edits,
         "replays": blame.replays,
         "findings": [_finding(one, neighbours) for one in blame.findings],
@@ -116,7 +164,9 @@ def _finding(found: Culprit | Unresolved, neighbours: Neighbours) -> dict[str, A
     if isinstance(found, Unresolved):
         return {"resolved": False} | asdict(found)
     change, edit = found.change, found.change.edit
-    neighbour = None if edit.sequence is None else neighbours.name(edit.sequence, edit.step)
+    neighbour = None
+    if edit.sequence is not None:
+        neighbour = neighbours.name(edit.sequence) | {"joined": neighbours.joined(edit.sequence, edit.step)}
     return {
         "resolved": True,
         "layer": found.layer,

@@ -22,8 +22,8 @@ class Neighbours:
         self._tenant = tenant
         self._known: dict[int, tuple[str | None, str | None]] | None = None
 
-    def name(self, index: int, step: int) -> dict[str, Any]:
-        """Return who a sequence index stands for, and whether it joined the running set in this step."""
+    def name(self, index: int) -> dict[str, Any]:
+        """Return who a sequence index stands for."""
         tenant, request = self._table().get(index, (None, None))
         own = tenant is not None and tenant == self._tenant
         text = f"replaylab.neighbour/1:{self._run_id}:{self._engine_id}:{index}"
@@ -31,8 +31,15 @@ class Neighbours:
             "request": request if own else None,
             "pseudonym": f"neighbour_{hashlib.sha256(text.encode()).hexdigest()[:12]}",
             "own_tenant": own,
-            "joined": self._joined(index, step),
         }
+
+    def joined(self, index: int, step: int) -> bool:
+        """Tell whether a sequence joined the running set in this step."""
+        from runtime.engine.plan import decode_plan
+
+        events = self._ledger.steps(self._run_id, self._engine_id, first=step, last=step)
+        plans = [decode_plan(event.payload["plan"]) for event in events]
+        return any(admission.sequence == index for plan in plans for admission in plan.admissions)
 
     def _table(self) -> dict[int, tuple[str | None, str | None]]:
         if self._known is None:
@@ -42,10 +49,3 @@ class Neighbours:
                 if event.engine_id == self._engine_id
             }
         return self._known
-
-    def _joined(self, index: int, step: int) -> bool:
-        from runtime.engine.plan import decode_plan
-
-        events = self._ledger.steps(self._run_id, self._engine_id, first=step, last=step)
-        plans = [decode_plan(event.payload["plan"]) for event in events]
-        return any(admission.sequence == index for plan in plans for admission in plan.admissions)

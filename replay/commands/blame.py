@@ -17,9 +17,13 @@ EXAMPLE = """\
 The request's slice runs again under edited plans, from the recorded one towards that of an idle engine, until two plans
 one edit apart are found of which only one gives the recorded output.  An edit takes a neighbour's row out of one call,
 moves the end of a chunk of the prompt, or undoes a prefix hit or a preemption.
+
+--arrivals and --samples plan the recorded engine again, from the lengths of all its sequences, with arrivals moved: one
+arrival by one step, or all of them by up to --jitter steps each.  Slices of equal shapes are replayed once.
 example:
   replay blame req_0199
-  replay blame req_0199 --max-replays 40 --json
+  replay blame req_0199 --samples 100 --jitter 2 --seed 7     how likely arrivals change it
+  replay blame req_0199 --arrivals --json
 exit codes: 0 nothing in the schedule changed it, 1 something did, 2 refused or bad input, 3 failed
 """
 
@@ -31,7 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generation", type=_positive, metavar="N", help="which model call of it (default: the first "
                         "that the schedule changed)")  # fmt: skip
     parser.add_argument("--max-replays", type=_positive, default=200, metavar="N",
-                        help="give up after so many replays of the slice (default 200)")  # fmt: skip
+                        help="give up the search after so many replays of the slice (default 200)")  # fmt: skip
+    parser.add_argument("--arrivals", action="store_true", help="also move each arrival by one step, one at a time")
+    parser.add_argument("--samples", type=_count, default=0, metavar="N",
+                        help="also try N schedules with all arrivals jittered (default 0)")  # fmt: skip
+    parser.add_argument("--jitter", type=_positive, default=1, metavar="STEPS",
+                        help="how far an arrival moves at most, either way (default 1 engine step)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the jitter (default 0)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,6 +71,10 @@ def _search(arguments: argparse.Namespace, ledger: Ledger, target: Target) -> li
         request=str(target.request_ref),
         generation=arguments.generation,
         max_replays=arguments.max_replays,
+        arrivals=arguments.arrivals,
+        samples=arguments.samples,
+        jitter=arguments.jitter,
+        seed=arguments.seed,
     )
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=screen.console(stderr=True), disable=arguments.json, transient=True) as progress:
@@ -78,6 +92,8 @@ def _print(document: Mapping[str, Any]) -> None:
         for finding in one["findings"]:
             if finding["resolved"]:
                 _print_ends(finding)
+        for line in around(one):
+            out.print(line, soft_wrap=True, markup=False)
 
 
 def _print_ends(finding: Mapping[str, Any]) -> None:
@@ -104,6 +120,42 @@ def sentence(found: Mapping[str, Any]) -> str:
     if all(one["layer"] == "bits" for one in found["findings"]):
         said.append("no other token follows from it")
     return "; ".join(said)
+
+
+def around(found: Mapping[str, Any]) -> list[str]:
+    """Say what other arrivals change."""
+    said: list[str] = []
+    if "arrivals" in found:
+        shifts = found["arrivals"]["shifts"]
+        changing = [one for one in shifts if one["bits"] is not None]
+        said.append(f"arrivals: {len(changing)} of {len(shifts)} moves of one arrival by one step change the bits")
+        said += [f"  {_moved(one)}" for one in changing]
+    if "sensitivity" in found:
+        score = found["sensitivity"]
+        steps = f"{score['jitter']} step{'s' if score['jitter'] > 1 else ''}"
+        said.append(
+            f"arrivals jittered by up to {steps}: bits change in {_share(score['bits'])}, tokens in "
+            f"{_share(score['tokens'])}; {score['distinct']} distinct slices, {found['replays_around']} replays"
+        )
+    if not all(found[name]["faithful"] for name in ("arrivals", "sensitivity") if name in found):
+        said.append("  (simulated without jitter, its slice is not the recorded one: these schedules are like it only)")
+    return said
+
+
+def _share(rate: Mapping[str, Any]) -> str:
+    sure = f"{100 * rate['confidence']:.0f}%"
+    return f"{rate['count']} of {rate['samples']} ({sure} interval {rate['low']:.2f} to {rate['high']:.2f})"
+
+
+def _moved(shift: Mapping[str, Any]) -> str:
+    who = "this request" if shift["who"] is None else _name(shift["who"])
+    when = "later" if shift["by"] > 0 else "earlier"
+    token = "" if shift["token"] is None else f", another token at {shift['token']}"
+    return f"{who} one step {when}: bits part at token {shift['bits']}{token}"
+
+
+def _name(neighbour: Mapping[str, Any]) -> str:
+    return f"request {short(neighbour['request'])}" if neighbour["request"] else str(neighbour["pseudonym"])
 
 
 def _of_finding(finding: Mapping[str, Any]) -> str:
@@ -135,7 +187,7 @@ def _of_edit(finding: Mapping[str, Any]) -> str:
         end = f"{before['start'] + before['count']} -> {edit['chunk_end']}"
         return f"a chunk of its prompt ends elsewhere, {end} (step {edit['step']}" + _listed(padded) + ")"
     neighbour = edit["neighbour"]
-    who = f"request {short(neighbour['request'])}" if neighbour["request"] else neighbour["pseudonym"]
+    who = _name(neighbour)
     verb = "which joined then, leaves" if neighbour["joined"] else "leaves"
     return f"the row of {who} {verb} the call of step {edit['step']}" + _listed(padded)
 
@@ -148,4 +200,11 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 10_000:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 10000")
     return value

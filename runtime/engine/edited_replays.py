@@ -43,7 +43,8 @@ class EditedReplays:
     ) -> None:
         self.settings = settings_for(scheduling, executor)
         self.request = request
-        self.schedule = Schedule(plans, sequences, block_size=self.settings.block_size)
+        self._sequences = tuple(sequences)
+        self.schedule = self.schedule_like(plans)
         self.count = 0
         vocab_size = executor.config.vocab_size
         check_request(request, vocab_size=vocab_size)
@@ -69,7 +70,14 @@ class EditedReplays:
 
     def again(self, draft: Draft, tokens: int) -> tuple[TokenRecord, ...]:
         """Run a draft, whether or not its shapes have run before."""
-        schedule = draft.schedule_of_it()
+        return self.along(draft.schedule_of_it(), tokens)
+
+    def schedule_like(self, plans: Iterable[StepPlan]) -> Schedule:
+        """Return other plans as a schedule in which the sequence has the same index."""
+        return Schedule(plans, self._sequences, block_size=self.settings.block_size)
+
+    def along(self, schedule: Schedule, tokens: int) -> tuple[TokenRecord, ...]:
+        """Return the first `tokens` token records along any schedule."""
         return self._run(tokens, lambda play: play.along(schedule, None))
 
     def alone(self, tokens: int) -> tuple[TokenRecord, ...]:

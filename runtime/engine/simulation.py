@@ -6,6 +6,7 @@ answers (`Answers`) may be a real executor, or a table of how long each output w
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ class Arrival:
 
     prompt: token ids, or any numbers that are equal where the prompts are.
     leaves: tick at which its caller cancels or its deadline passes; None stays to its end.
+    reason: why it leaves.
     """
 
     index: int
@@ -32,7 +34,6 @@ class Arrival:
     salt: str = ""
     leaves: int | None = None
     reason: str = "cancelled"
-    """Why it leaves."""
 
 
 class Answers(Protocol):
@@ -43,62 +44,78 @@ class Answers(Protocol):
         ...
 
 
-def simulate(settings: Settings, arrivals: Iterable[Arrival], answers: Answers) -> Iterator[tuple[int, StepPlan]]:
-    """Plan step after step until all sequences have ended, yielding each plan with its tick.
+class Simulation:
+    """An engine's steps without an engine.  Arrivals of one tick enter in the order given."""
 
-    Arrivals of one tick enter in the order given.  Raises SequenceRefused for a sequence that can never fit.
-    """
-    state = new_state(settings)
-    pending = deque(sorted(arrivals, key=lambda one: one.tick))
-    leaving = deque(sorted((one for one in pending if one.leaves is not None), key=lambda one: one.leaves or 0))
-    tick = 0
-    while pending or state.has_work:
-        if not state.has_work:
-            tick = max(tick, pending[0].tick)
-        while pending and pending[0].tick <= tick:
-            _enter(state, pending.popleft())
-        while leaving and (leaving[0].leaves or 0) <= tick:
-            gone = leaving.popleft()
-            withdraw(state, gone.index, reason=gone.reason)
-        if state.has_work:
-            plan, state = plan_step(state)
-            sampled, ended = answers.answer(plan, state)
-            complete_step(state, plan, sampled)
-            yield tick, plan
-            for index, reason in ended.items():
-                withdraw(state, index, reason=reason)
-        tick += 1
+    def __init__(self, settings: Settings, answers: Answers) -> None:
+        self.state = new_state(settings)
+        self.answers = answers
+        self.tick = 0
 
+    def copy(self) -> Simulation:
+        """Return one that goes on from here by itself."""
+        return copy.deepcopy(self)
 
-def _enter(state: SchedulerState, one: Arrival) -> None:
-    submit(state, one.index, prompt=one.prompt, max_tokens=one.max_tokens, tenant=one.tenant, salt=one.salt)
+    def run(self, arrivals: Iterable[Arrival], *, until: int | None = None) -> Iterator[tuple[int, StepPlan]]:
+        """Plan step after step until all sequences have ended, yielding each plan with its tick.
+
+        until: stop before this tick, though there is work.  Raises SequenceRefused for what can never fit.
+        """
+        pending = deque(sorted(arrivals, key=lambda one: one.tick))
+        leaving = deque(sorted((one.leaves, one.index, one.reason) for one in pending if one.leaves is not None))
+        while pending or self.state.has_work:
+            if not self.state.has_work:
+                self.tick = max(self.tick, pending[0].tick)
+            if until is not None and self.tick >= until:
+                return
+            while pending and pending[0].tick <= self.tick:
+                self._enter(pending.popleft())
+            while leaving and leaving[0][0] <= self.tick:
+                _, index, reason = leaving.popleft()
+                withdraw(self.state, index, reason=reason)
+            if self.state.has_work:
+                yield self.tick, self._step()
+            self.tick += 1
+
+    def _step(self) -> StepPlan:
+        plan, self.state = plan_step(self.state)
+        sampled, ended = self.answers.answer(plan, self.state)
+        complete_step(self.state, plan, sampled)
+        for index, reason in ended.items():
+            withdraw(self.state, index, reason=reason)
+        return plan
+
+    def _enter(self, one: Arrival) -> None:
+        submit(self.state, one.index, prompt=one.prompt, max_tokens=one.max_tokens, tenant=one.tenant, salt=one.salt)
 
 
 class KnownLengths:
-    """Answers with outputs whose lengths are known and whose tokens are stand-ins.
+    """Answers with outputs whose lengths are known.
 
-    lengths: output tokens of each sequence before it stops by itself.
-    outputs: token ids to answer with, for sequences whose output others may read from the cache; others get numbers
-    that no prompt has.
+    outputs: of each sequence, token ids or any numbers that are equal where the outputs are; it ends with the last.
     """
 
-    def __init__(self, lengths: Mapping[int, int], outputs: Mapping[int, tuple[int, ...]] | None = None) -> None:
-        self._lengths = lengths
-        self._outputs = outputs or {}
+    def __init__(self, outputs: Mapping[int, tuple[int, ...]]) -> None:
+        self._outputs = outputs
         self._given: dict[int, int] = {}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> KnownLengths:
+        other = KnownLengths(self._outputs)
+        other._given = dict(self._given)
+        return other
 
     def answer(self, plan: StepPlan, state: SchedulerState) -> tuple[Mapping[int, int], Mapping[int, str]]:
         """Give every sampling row its next token; end those that have all theirs."""
         sampled: dict[int, int] = {}
         ended: dict[int, str] = {}
         for call in plan.calls:
-            for row in call.rows:
-                if not row.sample:
+            silent = frozenset(call.silent)
+            for row, index in enumerate(call.sequences):
+                if row in silent:
                     continue
-                place = self._given.get(row.sequence, 0)
-                self._given[row.sequence] = place + 1
-                known = self._outputs.get(row.sequence, ())
-                sampled[row.sequence] = known[place] if place < len(known) else -1 - row.sequence * 1_000_000 - place
-                if place + 1 >= self._lengths[row.sequence]:
-                    ended[row.sequence] = "stop"
+                place, output = self._given.get(index, 0), self._outputs[index]
+                self._given[index] = place + 1
+                sampled[index] = output[place] if place < len(output) else 0
+                if place + 1 >= len(output):
+                    ended[index] = "stop"
         return sampled, ended

@@ -9,6 +9,7 @@ import pytest
 from replay.blame_job import BlameJob
 from replay.blame_worker import run_blame
 from replay.cli import main
+from replay.commands.blame import around
 from replay.errors import IncompleteRecord
 from replay.jobs import Report
 from tests.replay.recorded import Recorded
@@ -59,3 +60,19 @@ def test_what_cannot_be_blamed_is_refused(recorded: Recorded, capsys: pytest.Cap
     assert "single schedule" in capsys.readouterr().err
     with pytest.raises(IncompleteRecord, match="not a generation 9"):
         found_of(recorded, recorded.references()[0], generation=9)
+
+
+def test_other_arrivals_are_planned_again_and_counted(recorded: Recorded) -> None:
+    """The recorded engine is simulated exactly, generation by generation; moves and samples are told in words too."""
+    for reference in recorded.references()[:4]:
+        body = found_of(recorded, reference, samples=6, arrivals=True, seed=3)[-1].body
+        score, arrivals = body["sensitivity"], body["arrivals"]
+        assert score["faithful"]
+        assert arrivals["faithful"]
+        assert score["bits"]["samples"] == 6
+        assert score["bits"]["low"] <= score["bits"]["count"] / 6 <= score["bits"]["high"]
+        assert body["replays_around"] <= len(arrivals["shifts"]) + 6
+        assert {shift["by"] for shift in arrivals["shifts"]} == {-1, 1}
+        assert all(shift["who"] is None or shift["who"]["own_tenant"] == bool(shift["who"]["request"])
+                   for shift in arrivals["shifts"])  # fmt: skip
+        assert "arrivals jittered by up to 1 step" in "\n".join(around(body))

@@ -13,7 +13,7 @@ from runtime.engine.runner import CallRunner
 from runtime.engine.scheduler import SchedulerState
 from runtime.engine.sequence import Output, choose_for, start_output
 from runtime.engine.settings import settings_for
-from runtime.engine.simulation import Arrival, simulate
+from runtime.engine.simulation import Arrival, Simulation
 from tests.runtime.engine.recorded import Recording
 from tests.runtime.engine.toy import ListRecorder
 
@@ -92,7 +92,8 @@ def record_steps(
     """Run requests that arrive at exact ticks, and return what an engine would have left behind."""
     answers = RealAnswers(model, scheduling, requests)
     settings = settings_for(scheduling, model.executor)
-    plans = [plan for _, plan in simulate(settings, arrivals_of(requests, ticks, leaves), answers)]
+    arrivals = arrivals_of(requests, ticks, leaves)
+    plans = [plan for _, plan in Simulation(settings, answers).run(arrivals)]
     results = [
         GenerationResult(
             sequence_id=request.sequence_id,
