@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from traces.envelope import TraceEvent
     from traces.ledger.ledger import Ledger
 
-LEFT = ("cancelled", "deadline")
-"""Ends that come from outside and not from the model."""
+LEFT = ("cancelled", "deadline", "error")
+"""Ends that come from outside and not from the model's tokens."""
 MANY = 1_000_000
 """More tokens than any sequence has."""
 
@@ -33,12 +33,14 @@ class EngineHistory:
     outputs   stand-ins for each sequence's output, as long as it was
     plans     by step
     ticks     when each step ran: steps, and the time between them where the engine was idle
+    tick_us   what a step usually takes
     """
 
     arrivals: list[Arrival] = field(default_factory=list[Arrival])
     outputs: dict[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     plans: dict[int, StepPlan] = field(default_factory=dict[int, StepPlan])
     ticks: dict[int, int] = field(default_factory=dict[int, int])
+    tick_us: int = 1
 
 
 @dataclass(kw_only=True)
@@ -54,6 +56,10 @@ class _Line:
     finish_reason: str | None = None
     request: GenerationRequest | None = None
     result: GenerationResult | None = None
+    priority: int = 0
+    submitted_us: int = 0
+    deadline_us: int | None = None
+    """After its submission."""
 
 
 def load_history(ledger: Ledger, run_id: str, engine_id: str, *, own: str | None, block_size: int) -> EngineHistory:
@@ -84,11 +90,17 @@ def load_history(ledger: Ledger, run_id: str, engine_id: str, *, own: str | None
             missing="engine.sequence",
             fix="Their lengths are needed to simulate other arrivals: blame without --samples.",
         )
-    history.ticks = _ticks(events)
-    left = {one.sequence: plan.step for plan in history.plans.values() for one in plan.releases if one.reason in LEFT}
+    durations = sorted(event.duration_us or 1 for event in events if event.event_type == "engine.step")
+    history.tick_us = max(1, durations[len(durations) // 2]) if durations else 1
+    history.ticks = _ticks(events, history.tick_us)
+    plans = history.plans.values()
+    left = {one.sequence: plan.step for plan in plans for one in plan.releases if one.reason in LEFT}
+    left |= {one.sequence: plan.step for plan in plans for one in plan.refusals if one.now_us is not None}
+    given_up = {one.sequence for plan in plans for one in plan.refusals if one.now_us is None}
     texts = _stand_ins(lines, history.plans, block_size=block_size)
     for index in sorted(lines):
-        history.arrivals.append(_arrival(lines[index], texts[index], history.ticks, left))
+        step = None if index in given_up else left.get(index)  # who was given up for want of blocks will be again
+        history.arrivals.append(_arrival(lines[index], texts[index], history.ticks, step))
         prompt = lines[index].prompt_tokens
         history.outputs[index] = tuple(texts[index][prompt : prompt + max(1, lines[index].output_tokens)])
     return history
@@ -105,6 +117,9 @@ def _read_line(ledger: Ledger, lines: dict[int, _Line], event: TraceEvent, *, st
             tenant=event.tenant_ref or f"sequence-{index}",
             prompt_tokens=event.input_tokens or 0,
             request=request,
+            priority=int(event.payload.get("priority") or 0),
+            submitted_us=int(event.payload.get("submitted_us") or 0),
+            deadline_us=event.payload.get("deadline_us"),
         )
     elif index in lines:
         line = lines[index]
@@ -113,10 +128,8 @@ def _read_line(ledger: Ledger, lines: dict[int, _Line], event: TraceEvent, *, st
         line.result = decode_result(ledger.read_blob(event.result_ref)) if mine and event.result_ref else None
 
 
-def _ticks(events: Sequence[TraceEvent]) -> dict[int, int]:
+def _ticks(events: Sequence[TraceEvent], usual: int) -> dict[int, int]:
     """Count steps as ticks; where the engine had nothing to do, as many more as usual steps would have fitted."""
-    durations = sorted(event.duration_us or 1 for event in events if event.event_type == "engine.step")
-    usual = max(1, durations[len(durations) // 2]) if durations else 1
     ticks: dict[int, int] = {}
     tick, ended, busy, idle = -1, 0, 0, False
     for event in events:
@@ -146,7 +159,7 @@ def _stand_ins(lines: Mapping[int, _Line], plans: Mapping[int, StepPlan], *, blo
     for step in sorted(plans):
         for admission in plans[step].admissions:
             index, line = admission.sequence, lines.get(admission.sequence)
-            if line is None or line.request is not None or index in seen:
+            if line is None or index in seen:
                 continue
             seen.add(index)
             for place, hit in enumerate(admission.hits):
@@ -154,14 +167,19 @@ def _stand_ins(lines: Mapping[int, _Line], plans: Mapping[int, StepPlan], *, blo
                 if source is None:
                     continue
                 block = slice(place * block_size, (place + 1) * block_size)
-                texts[index][block] = texts[source.calls[hit.call].sequences[hit.row]][block]
+                other = source.calls[hit.call].sequences[hit.row]
+                if other not in lines:
+                    continue
+                known, unknown = (index, other) if line.request is not None else (other, index)
+                if unknown != known and lines[unknown].request is None:
+                    texts[unknown][block] = texts[known][block]
     return texts
 
 
-def _arrival(line: _Line, text: list[int], ticks: Mapping[int, int], left: Mapping[int, int]) -> Arrival:
+def _arrival(line: _Line, text: list[int], ticks: Mapping[int, int], left: int | None) -> Arrival:
+    """Return when a sequence came, and when it left if it did.  left: the step whose plan says so."""
     last = max(ticks.values(), default=-1)
-    gone = left.get(line.index)
-    reason = line.finish_reason if line.finish_reason in LEFT else None
+    reason = line.finish_reason if line.finish_reason in LEFT and left is not None else None
     return Arrival(
         index=line.index,
         tick=ticks.get(line.step, last + 1),
@@ -169,6 +187,9 @@ def _arrival(line: _Line, text: list[int], ticks: Mapping[int, int], left: Mappi
         max_tokens=max(1, line.output_tokens),
         tenant=line.tenant,
         salt="" if line.request is None else line.request.cache_salt,
-        leaves=None if reason is None else ticks.get(gone if gone is not None else line.step, last + 1),
+        leaves=None if reason is None or left is None else ticks.get(left, last + 1),
         reason=reason or "cancelled",
+        priority=line.priority,
+        deadline_us=None if line.deadline_us is None else line.submitted_us + line.deadline_us,
+        now_us=line.submitted_us,
     )

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from replay.errors import ReplayFailed
 from runtime.engine.edited_replays import EditedReplays
 from runtime.engine.generation import TokenRecord
-from runtime.engine.plan_edits import Change, Draft, edit_path
+from runtime.engine.plan_edits import Change, EditedPlan, edit_path
 
 Layer = Literal["bits", "tokens"]
 
@@ -95,7 +95,7 @@ class Search:
         wanted = len(self._recorded)
         if not wanted:
             return Blame(tokens=0, edits=0, replays=0)
-        control = self._replays.outcome(self._replays.draft(wanted), wanted)
+        control = self._replays.outcome(self._replays.recorded_plan(wanted), wanted)
         if parting("bits", self._recorded, control) is not None:
             raise ReplayFailed(
                 "the recorded plan does not give the recorded bits here, so that no edit of it can be blamed",
@@ -107,12 +107,12 @@ class Search:
             index = parting(layer, self._recorded, alone)
             if index is not None:
                 findings.append(self._search(layer, index))
-        edits = sum(1 for _ in edit_path(self._replays.draft(wanted)))
+        edits = sum(1 for _ in edit_path(self._replays.recorded_plan(wanted)))
         return Blame(tokens=wanted, edits=edits, replays=self._replays.count, findings=tuple(findings))
 
     def _search(self, layer: Layer, index: int) -> Culprit | Unresolved:
         """Find two plans one edit apart of which only the second parts from the recording up to token `index`."""
-        path = list(edit_path(self._replays.draft(index + 1)))
+        path = list(edit_path(self._replays.recorded_plan(index + 1)))
         marks = [0, *(place + 1 for place, change in enumerate(path) if change.reaches_bits)]
         low, high = 0, len(marks) - 1
         try:
@@ -158,23 +158,23 @@ class Search:
             by_itself=by_itself,
         )
 
-    def _edited(self, changes: Sequence[Change], index: int) -> Draft:
-        draft = self._replays.draft(index + 1)
+    def _edited(self, changes: Sequence[Change], index: int) -> EditedPlan:
+        plan = self._replays.recorded_plan(index + 1)
         for change in changes:
-            draft.apply(change.edit)
-        return draft
+            plan.apply(change.edit)
+        return plan
 
-    def _parts(self, layer: Layer, index: int, draft: Draft) -> bool:
-        return parting(layer, self._recorded[: index + 1], self._outcome(draft, index)) is not None
+    def _parts(self, layer: Layer, index: int, plan: EditedPlan) -> bool:
+        return parting(layer, self._recorded[: index + 1], self._outcome(plan, index)) is not None
 
-    def _outcome(self, draft: Draft, index: int) -> tuple[TokenRecord, ...]:
-        if not self._replays.knows(draft, index + 1):
+    def _outcome(self, plan: EditedPlan, index: int) -> tuple[TokenRecord, ...]:
+        if not self._replays.knows(plan, index + 1):
             self._spend()
-        return self._replays.outcome(draft, index + 1)
+        return self._replays.outcome(plan, index + 1)
 
-    def _again(self, draft: Draft, index: int) -> tuple[TokenRecord, ...]:
+    def _again(self, plan: EditedPlan, index: int) -> tuple[TokenRecord, ...]:
         self._spend()
-        return self._replays.again(draft, index + 1)
+        return self._replays.again(plan, index + 1)
 
     def _spend(self) -> None:
         if self._replays.count >= self._max_replays:

@@ -125,8 +125,8 @@ def _around(
     replanner = Replanner(replays, history, sequence.index, recorded)
     found: dict[str, Any] = {}
     if job.arrivals:
-        draft = replays.draft(len(recorded))
-        beside = {row.sequence for seat in draft.seats for row in draft.company(seat)}
+        plan = replays.recorded_plan(len(recorded))
+        beside = {row.sequence for seat in plan.seats for row in plan.company(seat)}
         shifts = shift_arrivals(replanner, beside)
         found["arrivals"] = {
             "faithful": replanner.faithful,

@@ -36,6 +36,7 @@ class Replanner:
         self.index = index
         self.recorded = recorded
         self._replays = replays
+        self._tick_us = history.tick_us
         arrivals = [replace(one, leaves=None) if one.index == index else one for one in history.arrivals]
         own = next(one for one in arrivals if one.index == index)
         self.first_tick = max(0, own.tick - WARM_UP)
@@ -78,9 +79,22 @@ class Replanner:
         """
         shapes = self.shapes(schedule)
         if shapes not in self._known:
-            self._known[shapes] = self._replays.along(schedule, len(self.recorded))
+            lives = schedule.lives_of(self._replays.request.sequence_id)
+            given = sum(placed.row.sample for life in lives for placed in life.rows)
+            # one that the engine would have refused, or given up, gets no tokens past that
+            records = self._replays.along(schedule, given)[:given] if given else ()
+            self._known[shapes] = records
         return self._known[shapes]
 
     def _moved(self, one: Arrival, by: int) -> Arrival:
         by = max(self.first_tick - one.tick, by)
-        return replace(one, tick=one.tick + by, leaves=None if one.leaves is None else one.leaves + by) if by else one
+        if not by:
+            return one
+        later_us = by * self._tick_us
+        return replace(
+            one,
+            tick=one.tick + by,
+            leaves=None if one.leaves is None else one.leaves + by,
+            now_us=one.now_us + later_us,
+            deadline_us=None if one.deadline_us is None else one.deadline_us + later_us,
+        )

@@ -1,6 +1,6 @@
-"""What does one sequence compute under an edited plan?  The slice runs again on the real executor, as the draft says.
+"""What does one sequence compute under an edited plan?  The slice runs again on the real executor, as the plan says.
 
-Replays are counted, and what has run is kept by its shapes: two drafts that reach the bits in the same way are one
+Replays are counted, and what has run is kept by its shapes: two plans that reach the bits in the same way are one
 replay.  That rests on equal shapes giving equal bits, which `again` puts to the test.
 """
 
@@ -16,7 +16,7 @@ from runtime.engine.generation import GenerationRequest, TokenRecord
 from runtime.engine.grammar import GrammarCompiler, TextTokenizer
 from runtime.engine.live import monotonic_us
 from runtime.engine.plan import SequenceEntry, StepPlan
-from runtime.engine.plan_edits import Draft
+from runtime.engine.plan_edits import EditedPlan
 from runtime.engine.rerun import Rerun
 from runtime.engine.sequence import check_request, start_output
 from runtime.engine.settings import settings_for
@@ -53,24 +53,24 @@ class EditedReplays:
         self._on_replay = on_replay
         self._known: dict[tuple[object, ...], tuple[TokenRecord, ...]] = {}
 
-    def draft(self, tokens: int) -> Draft:
+    def recorded_plan(self, tokens: int) -> EditedPlan:
         """Return the recorded plan of the first `tokens` output tokens, to be edited."""
-        return Draft(self.schedule, self.request.sequence_id, self.settings, tokens=tokens)
+        return EditedPlan(self.schedule, self.request.sequence_id, self.settings, tokens=tokens)
 
-    def knows(self, draft: Draft, tokens: int) -> bool:
+    def knows(self, plan: EditedPlan, tokens: int) -> bool:
         """Tell whether a plan of the same shapes has run already."""
-        return (tokens, draft.signature()) in self._known
+        return (tokens, plan.signature()) in self._known
 
-    def outcome(self, draft: Draft, tokens: int) -> tuple[TokenRecord, ...]:
-        """Return the first `tokens` token records under a draft; runs only what has not run in the same shapes."""
-        key = (tokens, draft.signature())
+    def outcome(self, plan: EditedPlan, tokens: int) -> tuple[TokenRecord, ...]:
+        """Return the first `tokens` token records under a plan; runs only what has not run in the same shapes."""
+        key = (tokens, plan.signature())
         if key not in self._known:
-            self._known[key] = self.again(draft, tokens)
+            self._known[key] = self.again(plan, tokens)
         return self._known[key]
 
-    def again(self, draft: Draft, tokens: int) -> tuple[TokenRecord, ...]:
-        """Run a draft, whether or not its shapes have run before."""
-        return self.along(draft.schedule_of_it(), tokens)
+    def again(self, plan: EditedPlan, tokens: int) -> tuple[TokenRecord, ...]:
+        """Run a plan, whether or not its shapes have run before."""
+        return self.along(plan.as_schedule(), tokens)
 
     def schedule_like(self, plans: Iterable[StepPlan]) -> Schedule:
         """Return other plans as a schedule in which the sequence has the same index."""

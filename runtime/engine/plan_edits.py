@@ -1,11 +1,11 @@
 """Which plans lie between a recorded schedule and that of an idle engine, one edit apart from one to the next?
 
-The rows of one sequence are a draft that can be edited: a neighbour's row leaves its call, a chunk of the prompt ends
+The rows of one sequence are a plan that can be edited: a neighbour's row leaves its call, a chunk of the prompt ends
 somewhere else, a prefix hit or a preemption is undone.  What an edit touches is padded anew by the settings' own
 rules; what it does not touch keeps its recorded shape.  `edit_path` lists the edits, earliest step first, that turn the
-recorded draft into the one an idle engine would have made; two neighbours on that path differ in exactly one edit.
+recorded plan into the one an idle engine would have made; two neighbours on that path differ in exactly one edit.
 
-Row content is no part of a draft: a neighbour is its index, where its tokens start and how many there are.
+Row content is no part of a plan: a neighbour is its index, where its tokens start and how many there are.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """One edit of a draft.
+    """One edit of a plan.
 
     kind      neighbour, chunk_boundary, prefix_hit or preemption
     step      recorded engine step that it touches first
@@ -83,7 +83,7 @@ class Change:
 
 @dataclass(slots=True)
 class Seat:
-    """One own row of a draft; `recorded` is None for a row that an edit brought in, which has no company."""
+    """One own row of a plan; `recorded` is None for a row that an edit brought in, which has no company."""
 
     number: int
     step: int
@@ -99,8 +99,8 @@ class Seat:
 
 
 @dataclass(slots=True)
-class DraftLife:
-    """One admission of the sequence in a draft; hits are those that are not undone."""
+class EditedLife:
+    """One admission of the sequence in a plan; hits are those that are not undone."""
 
     number: int
     step: int
@@ -109,7 +109,7 @@ class DraftLife:
     seats: list[Seat] = field(default_factory=list[Seat])
 
 
-class Draft:
+class EditedPlan:
     """The rows of one sequence, as recorded until they are edited.
 
     tokens: how many output tokens are wanted; rows past the one that gives the last of them are left out.
@@ -174,8 +174,8 @@ class Draft:
             for life in self.lives
         )
 
-    def schedule_of_it(self) -> Schedule:
-        """Return the recorded schedule with this draft in the place of the sequence's own rows."""
+    def as_schedule(self) -> Schedule:
+        """Return the recorded schedule with this plan in the place of the sequence's own rows."""
         lives = [
             Life(self.index, life.number, life.step, life.known, life.hits, [self._placed(seat) for seat in life.seats])
             for life in self.lives
@@ -260,74 +260,74 @@ class Draft:
                 first.seats.append(seat)
 
 
-def edit_path(draft: Draft) -> Iterator[Change]:
-    """Edit a draft into what an idle engine would have planned, yielding each change after it was made.
+def edit_path(plan: EditedPlan) -> Iterator[Change]:
+    """Edit a plan into what an idle engine would have planned, yielding each change after it was made.
 
     Neighbours leave a call in the opposite order of their arrival, so that the one that is named is the one whose
     coming made the difference.
     """
-    if draft.lives and draft.lives[0].hits:
-        edit = Edit("prefix_hit", draft.lives[0].step, _first_number(draft.lives[0].seats))
-        draft.apply(edit)
+    if plan.lives and plan.lives[0].hits:
+        edit = Edit("prefix_hit", plan.lives[0].step, _first_number(plan.lives[0].seats))
+        plan.apply(edit)
         yield Change(edit)
     place = 0
-    while draft.lives:
-        seats = draft.lives[0].seats
+    while plan.lives:
+        seats = plan.lives[0].seats
         while place < len(seats):
-            yield from _settle(draft, seats, place)
+            yield from _settle(plan, seats, place)
             place += 1
-        if len(draft.lives) == 1:
+        if len(plan.lives) == 1:
             return
         # chunks that ended where the sequence lost its blocks may now reach on into what the next life computes
-        place = next((at for at, seat in enumerate(seats) if seat.end < _target(draft, seat)), len(seats))
-        second = draft.lives[1]
+        place = next((at for at, seat in enumerate(seats) if seat.end < _target(plan, seat)), len(seats))
+        second = plan.lives[1]
         edit = Edit("preemption", second.step, _first_number(second.seats))
-        draft.apply(edit)
+        plan.apply(edit)
         yield Change(edit)
 
 
-def _settle(draft: Draft, seats: Sequence[Seat], place: int) -> Iterator[Change]:
+def _settle(plan: EditedPlan, seats: Sequence[Seat], place: int) -> Iterator[Change]:
     """Bring one own row to where an idle engine would have it."""
     seat = seats[place]
-    target = _target(draft, seat)
+    target = _target(plan, seat)
     if seat.end < target <= seats[-1].end:
-        yield _changed(draft, seat, Edit("chunk_boundary", seat.step, seat.number, end=target))
-    for row in sorted(draft.company(seat), key=lambda row: -row.sequence):
-        yield _changed(draft, seat, Edit("neighbour", seat.step, seat.number, sequence=row.sequence))
+        yield _changed(plan, seat, Edit("chunk_boundary", seat.step, seat.number, end=target))
+    for row in sorted(plan.company(seat), key=lambda row: -row.sequence):
+        yield _changed(plan, seat, Edit("neighbour", seat.step, seat.number, sequence=row.sequence))
 
 
-def _target(draft: Draft, seat: Seat) -> int:
+def _target(plan: EditedPlan, seat: Seat) -> int:
     """Return where an idle engine would end this chunk of the prompt."""
-    return min(seat.start + draft.settings.longest_chunk, draft.prompt)
+    return min(seat.start + plan.settings.longest_chunk, plan.prompt)
 
 
-def _changed(draft: Draft, seat: Seat, edit: Edit) -> Change:
-    before = draft.shape(seat)
-    draft.apply(edit)
-    return Change(edit, before, draft.shape(seat))
+def _changed(plan: EditedPlan, seat: Seat, edit: Edit) -> Change:
+    before = plan.shape(seat)
+    plan.apply(edit)
+    return Change(edit, before, plan.shape(seat))
 
 
 def _first_number(seats: Sequence[Seat]) -> int:
     return seats[0].number if seats else 0
 
 
-def _lives(recorded: Sequence[Life], tokens: int) -> list[DraftLife]:
+def _lives(recorded: Sequence[Life], tokens: int) -> list[EditedLife]:
     """Copy recorded lives as far as `tokens` output tokens need them."""
-    lives: list[DraftLife] = []
+    lives: list[EditedLife] = []
     number = left = 0
     left = tokens
     for life in recorded:
         if left <= 0:
             break
-        draft = DraftLife(life.number, life.step, life.known, list(life.hits))
+        edited = EditedLife(life.number, life.step, life.known, list(life.hits))
         for placed in life.rows:
             if left <= 0:
                 break
             row = placed.row
-            draft.seats.append(Seat(number, placed.step, row.start, row.count, row.sample, placed))
+            edited.seats.append(Seat(number, placed.step, row.start, row.count, row.sample, placed))
             number += 1
             left -= row.sample
-        lives.append(draft)
+        lives.append(edited)
     return lives
 
 

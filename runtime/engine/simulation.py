@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from runtime.engine.errors import SequenceRefused
 from runtime.engine.plan import StepPlan
-from runtime.engine.scheduler import SchedulerState, complete_step, new_state, plan_step, submit, withdraw
+from runtime.engine.scheduler import complete_step, new_state, plan_step, submit, withdraw
 from runtime.engine.settings import Settings
+from runtime.engine.state import SchedulerState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +26,7 @@ class Arrival:
     prompt: token ids, or any numbers that are equal where the prompts are.
     leaves: tick at which its caller cancels or its deadline passes; None stays to its end.
     reason: why it leaves.
+    priority, deadline_us, now_us: what orders it, as `scheduler.submit` has it.
     """
 
     index: int
@@ -34,6 +37,9 @@ class Arrival:
     salt: str = ""
     leaves: int | None = None
     reason: str = "cancelled"
+    priority: int = 0
+    deadline_us: int | None = None
+    now_us: int = 0
 
 
 class Answers(Protocol):
@@ -51,6 +57,8 @@ class Simulation:
         self.state = new_state(settings)
         self.answers = answers
         self.tick = 0
+        self.refused: list[int] = []
+        """Sequences that the queue did not take."""
 
     def copy(self) -> Simulation:
         """Return one that goes on from here by itself."""
@@ -59,7 +67,7 @@ class Simulation:
     def run(self, arrivals: Iterable[Arrival], *, until: int | None = None) -> Iterator[tuple[int, StepPlan]]:
         """Plan step after step until all sequences have ended, yielding each plan with its tick.
 
-        until: stop before this tick, though there is work.  Raises SequenceRefused for what can never fit.
+        until: stop before this tick, though there is work.
         """
         pending = deque(sorted(arrivals, key=lambda one: one.tick))
         leaving = deque(sorted((one.leaves, one.index, one.reason) for one in pending if one.leaves is not None))
@@ -86,7 +94,20 @@ class Simulation:
         return plan
 
     def _enter(self, one: Arrival) -> None:
-        submit(self.state, one.index, prompt=one.prompt, max_tokens=one.max_tokens, tenant=one.tenant, salt=one.salt)
+        try:
+            submit(
+                self.state,
+                one.index,
+                prompt=one.prompt,
+                max_tokens=one.max_tokens,
+                tenant=one.tenant,
+                salt=one.salt,
+                priority=one.priority,
+                deadline_us=one.deadline_us,
+                now_us=one.now_us,
+            )
+        except SequenceRefused:
+            self.refused.append(one.index)
 
 
 class KnownLengths:

@@ -62,12 +62,12 @@ def test_the_culprit_is_one_that_trying_every_edit_finds(seed: int) -> None:
         for culprit in found.findings:
             searches += 1
             wanted = culprit.token_index + 1
-            draft = replays.draft(wanted)
-            states = [parting(culprit.layer, result.records[:wanted], replays.outcome(draft, wanted)) is not None]
+            plan = replays.recorded_plan(wanted)
+            states = [parting(culprit.layer, result.records[:wanted], replays.outcome(plan, wanted)) is not None]
             path = []
-            for change in edit_path(draft):
+            for change in edit_path(plan):
                 path.append(change.edit)
-                outcome = replays.outcome(draft, wanted)
+                outcome = replays.outcome(plan, wanted)
                 states.append(parting(culprit.layer, result.records[:wanted], outcome) is not None)
             turns = [place for place in range(len(path)) if states[place + 1] and not states[place]]
             assert culprit.edits_before in turns

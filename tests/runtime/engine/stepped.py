@@ -10,12 +10,15 @@ from runtime.engine.generation import GenerationRequest, GenerationResult
 from runtime.engine.grammar import GrammarCompiler
 from runtime.engine.plan import SequenceEntry, StepPlan
 from runtime.engine.runner import CallRunner
-from runtime.engine.scheduler import SchedulerState
 from runtime.engine.sequence import Output, choose_for, start_output
 from runtime.engine.settings import settings_for
 from runtime.engine.simulation import Arrival, Simulation
+from runtime.engine.state import SchedulerState
 from tests.runtime.engine.recorded import Recording
 from tests.runtime.engine.toy import ListRecorder
+
+TICK_US = 1_000
+"""What a step takes here."""
 
 
 class RealAnswers:
@@ -37,6 +40,9 @@ class RealAnswers:
         for release in plan.releases:
             self.ended.setdefault(release.sequence, release.reason)
             self._runner.drop(release.sequence)
+        for refusal in plan.refusals:
+            self.ended[refusal.sequence] = "error"
+            self._runner.drop(refusal.sequence)
         self._runner.apply(plan)
         for preemption in plan.preemptions:
             self.preemptions[preemption.sequence] = self.preemptions.get(preemption.sequence, 0) + 1
@@ -76,6 +82,9 @@ def arrivals_of(
             tenant=request.tenant,
             salt=request.cache_salt,
             leaves=None if leaves is None else leaves.get(index),
+            priority=request.priority,
+            deadline_us=None if request.deadline_us is None else tick * TICK_US + request.deadline_us,
+            now_us=tick * TICK_US,
         )
         for index, (request, tick) in enumerate(zip(requests, ticks, strict=True))
     ]

@@ -51,13 +51,13 @@ def test_a_path_leads_from_the_recorded_plan_to_an_idle_engine_s(seed: int, tigh
         if not wanted:
             continue
         replays = replays_of(recording, number, scheduling)
-        draft = replays.draft(wanted)
-        assert bits(replays.again(draft, wanted)) == bits(result.records)
-        path = list(edit_path(draft))
-        assert bits(replays.again(draft, wanted)) == bits(replays.alone(wanted))
-        assert all(draft.shape(seat).rows == 1 for seat in draft.seats)
+        plan = replays.recorded_plan(wanted)
+        assert bits(replays.again(plan, wanted)) == bits(result.records)
+        path = list(edit_path(plan))
+        assert bits(replays.again(plan, wanted)) == bits(replays.alone(wanted))
+        assert all(plan.shape(seat).rows == 1 for seat in plan.seats)
         assert all(change.edit.step in result.steps for change in path)
-        assert list(edit_path(draft)) == []  # an idle engine's plan needs no edit
+        assert list(edit_path(plan)) == []  # an idle engine's plan needs no edit
 
 
 @settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -70,9 +70,9 @@ def test_what_does_not_reach_the_shapes_does_not_reach_the_bits(seed: int) -> No
     if not wanted:
         return
     replays = replays_of(recording, number, TIGHT)
-    before, known = replays.draft(wanted), {}
+    before, known = replays.recorded_plan(wanted), {}
     signature = before.signature()
-    for change in edit_path(replays.draft(wanted)):
+    for change in edit_path(replays.recorded_plan(wanted)):
         before.apply(change.edit)
         assert (before.signature() != signature) == change.reaches_bits
         signature = before.signature()
