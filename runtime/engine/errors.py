@@ -14,7 +14,7 @@ RuntimeFailure
 from __future__ import annotations
 
 from runtime.errors import CapacityRefused, ProviderFailed, RequestRefused, RuntimeFailure
-from traces.failures import FailureClass
+from traces.failures import ClassifiedError, FailureClass
 
 
 class SequenceRefused(CapacityRefused):
@@ -22,6 +22,15 @@ class SequenceRefused(CapacityRefused):
 
     `reason` says which: `sequence_too_long`, `queue_full`, `engine_closed`, `deadline_unreachable`, `preemption_limit`.
     """
+
+
+def step_failure(error: Exception) -> ClassifiedError:
+    """Return what a failing call tells the sequences in it."""
+    if isinstance(error, ClassifiedError):
+        return error
+    return EngineFailed(
+        f"a step failed: {error!r}", reason="step_failed", evidence={"error_class": type(error).__name__}
+    )
 
 
 def given_up(

@@ -67,6 +67,38 @@ class TokenRecord(msgspec.Struct, frozen=True, array_like=True):
     """Microseconds from submission until it was handed out."""
 
 
+class EngineLatency(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who had a sequence's time in the engine, in microseconds; `account` says how it is split.  It adds up exactly."""
+
+    queue_us: int
+    """Until the first step that ran it."""
+    prefill_us: int
+    """Its own share of steps before its first output token."""
+    decode_us: int
+    """Its own share of steps after it."""
+    interference_us: int
+    """Co-scheduled work, and steps that passed it over."""
+    preemption_us: int
+    """Evicted, and until what was lost was computed again."""
+    sampling_us: int
+    """Choosing its tokens, grammar included."""
+    delivery_us: int
+    """Handing its tokens out, waiting for its reader, and telling its end."""
+
+    @property
+    def total_us(self) -> int:
+        """From submission to the end."""
+        return (
+            self.queue_us
+            + self.prefill_us
+            + self.decode_us
+            + self.interference_us
+            + self.preemption_us
+            + self.sampling_us
+            + self.delivery_us
+        )
+
+
 class GenerationResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One finished sequence."""
 
@@ -92,6 +124,15 @@ class GenerationResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     error: str | None = None
     """Failure class, when the reason is `error`."""
     cancel_origin: str | None = None
+    latency: EngineLatency | None = None
+    """None for a replay, whose times are its own, and for a result from before it was measured."""
+    error_type: str | None = None
+    """Which failure, when the reason is `error`."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether the output was cut off before it was done."""
+        return self.finish_reason in ("cancelled", "deadline", "error")
 
     def encode(self) -> bytes:
         """Return the result as JSON."""

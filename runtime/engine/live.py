@@ -8,8 +8,11 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from runtime.engine.account import Account
+from runtime.engine.flow import Flow
 from runtime.engine.generation import FinishReason, GenerationRequest, GenerationResult, OnToken, TokenRecord
 from runtime.engine.sequence import Output
+from traces.failures import ClassifiedError
 
 
 def monotonic_us() -> int:
@@ -21,11 +24,14 @@ class LiveSequence:
     """One submitted request until it ends.  All times are monotonic microseconds."""
 
     __slots__ = (
+        "account",
         "cached_tokens",
         "cancel_origin",
         "first_step_us",
         "first_token_us",
+        "flow",
         "future",
+        "held",
         "index",
         "input_ref",
         "on_token",
@@ -37,9 +43,19 @@ class LiveSequence:
     )
 
     def __init__(
-        self, request: GenerationRequest, output: Output, *, on_token: OnToken | None, submitted_us: int
+        self,
+        request: GenerationRequest,
+        output: Output,
+        *,
+        on_token: OnToken | None,
+        submitted_us: int,
+        flow: Flow | None = None,
     ) -> None:
         self.index = 0
+        self.account = Account(submitted_us)
+        self.flow = flow
+        self.held = False
+        """Passed over until its reader has caught up."""
         self.request = request
         self.output = output
         self.on_token = on_token
@@ -60,7 +76,12 @@ class LiveSequence:
         allowed = self.request.deadline_us
         return None if allowed is None else self.submitted_us + allowed
 
-    def result(self, reason: FinishReason, *, now_us: int, error: str | None = None) -> GenerationResult:
+    @property
+    def has_output(self) -> bool:
+        """Whether a token was chosen."""
+        return self.first_token_us is not None
+
+    def result(self, reason: FinishReason, *, now_us: int, failure: ClassifiedError | None = None) -> GenerationResult:
         """Sum up the sequence at its end; queue, prefill and decode add up to its whole time."""
         first_step = now_us if self.first_step_us is None else self.first_step_us
         first_token = now_us if self.first_token_us is None else self.first_token_us
@@ -77,8 +98,10 @@ class LiveSequence:
             cached_tokens=self.cached_tokens,
             steps=tuple(self.steps),
             preemptions=self.preemptions,
-            error=error,
+            error=None if failure is None else failure.failure_class.value,
             cancel_origin=self.cancel_origin,
+            latency=self.account.close(now_us, by_itself=reason in ("stop", "length")),
+            error_type=None if failure is None else failure.error_type,
         )
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import msgspec
+
 from manifests.scheduling import SchedulingManifest
+from runtime.engine.account import CallTimes
 from runtime.engine.generation import GenerationRequest, GenerationResult
 from runtime.engine.plan import StepPlan
 from runtime.engine.sampling import DIGEST_ALGORITHM, SAMPLER_ALGORITHM
@@ -26,12 +29,12 @@ class EventRecorder(Protocol):
 class StepTimes:
     """When a step began, on the monotonic clock, and where its microseconds went."""
 
-    __slots__ = ("calls_us", "plan_us", "started_us", "total_us")
+    __slots__ = ("calls", "plan_us", "started_us", "total_us")
 
     def __init__(self, started_us: int) -> None:
         self.started_us = started_us
         self.plan_us = 0
-        self.calls_us: list[int] = []
+        self.calls: list[CallTimes] = []
         self.total_us = 0
 
 
@@ -117,6 +120,8 @@ class EngineJournal:
                 "decode_us": result.decode_us,
                 "preemptions": result.preemptions,
                 "cancel_origin": result.cancel_origin,
+                "partial": result.partial,
+                "latency": None if result.latency is None else msgspec.structs.asdict(result.latency),
             },
             track="B",
             engine_id=self._engine_id,
@@ -129,6 +134,7 @@ class EngineJournal:
             first_token_us=result.first_token_us,
             finish_reason=result.finish_reason,
             failure_class=result.error,
+            error_type=result.error_type,
             status=status[result.finish_reason],
             result_ref=self.store(result.encode()),
         )
@@ -137,7 +143,13 @@ class EngineJournal:
         """Record a step: the plan as text, its times, and the figures that charts want as columns."""
         self._recorder.emit(
             "engine.step",
-            payload={"plan": plan.encode(), "plan_us": times.plan_us, "calls_us": times.calls_us},
+            payload={
+                "plan": plan.encode(),
+                "plan_us": times.plan_us,
+                "calls_us": [one.ran_us for one in times.calls],
+                "choose_us": sum(one.chose_us for one in times.calls),
+                "deliver_us": sum(one.gave_us for one in times.calls),
+            },
             track="B",
             engine_id=self._engine_id,
             step=plan.step,
