@@ -35,7 +35,7 @@ class Flow:
     def take(self, count: int = 1) -> None:
         """Count tokens that the reader took, and wake who waits for that."""
         with self._lock:
-            self._behind -= count
+            self._behind = max(0, self._behind - count)
             wake = None
             if self._behind <= self._most:
                 wake, self._wake = self._wake, None

@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 
+from runtime.engine.flow import Flow, MeteredReceiver
 from runtime.engine.generation import TokenRecord
 from runtime.errors import RequestRefused
 from runtime.gateway.statuses import DOCUMENTED, retry_after, status_code
@@ -110,11 +111,14 @@ class _StreamedRun:
     """A request that runs while its events are sent."""
 
     def __init__(self, session: ServingSession, body: bytes, api_key: str | None) -> None:
-        self._queue: asyncio.Queue[str | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[str, bool] | None] = asyncio.Queue()
+        """Events, and whether each tells of a token."""
+        self._flow = Flow()
         self._decided = asyncio.Event()
         self._refused = False
         self._completion = _is_completion(body)
-        self._task = asyncio.ensure_future(session.run(body, api_key, on_token=self._on_token, on_stage=self._on_stage))
+        receiver = MeteredReceiver(self._on_token, self._flow)
+        self._task = asyncio.ensure_future(session.run(body, api_key, on_token=receiver, on_stage=self._on_stage))
         self._task.add_done_callback(self._on_end)
 
     async def accepted(self) -> Outcome | None:
@@ -123,9 +127,12 @@ class _StreamedRun:
         return await self._task if self._refused or self._task.done() else None
 
     async def events(self) -> AsyncGenerator[str]:
-        """Yield events until the terminal one."""
-        while (sent := await self._queue.get()) is not None:
+        """Yield events until the terminal one; a token counts as taken when the connection took its event."""
+        while (told := await self._queue.get()) is not None:
+            sent, token = told
             yield sent
+            if token:
+                self._flow.take()
         yield event("response", self._task.result().response)
 
     async def close(self) -> None:
@@ -135,7 +142,7 @@ class _StreamedRun:
         await asyncio.wait([self._task])
 
     def _on_stage(self, stage: str, what: str) -> None:
-        self._queue.put_nowait(event("stage", {"stage": stage, "event": what}))
+        self._queue.put_nowait((event("stage", {"stage": stage, "event": what}), False))
         if stage == "boundary" and what != "started":
             self._refused = what == "failed"
             self._decided.set()
@@ -144,7 +151,7 @@ class _StreamedRun:
         shown: dict[str, Any] = {"position": record.position, "partial": True}
         if self._completion:  # structured output is shown when validation has accepted it, never before
             shown["token"] = record.token
-        self._queue.put_nowait(event("token", shown))
+        self._queue.put_nowait((event("token", shown), True))
 
     def _on_end(self, task: asyncio.Future[Outcome]) -> None:
         if not task.cancelled():

@@ -15,7 +15,8 @@ from manifests.canonical import digest
 from manifests.generation import GenerationManifest
 from manifests.run import Pins
 from runtime.effects import read_clock
-from runtime.engine.generation import GenerationRequest, GenerationResult, Sampling, TokenRecord
+from runtime.engine.flow import MeteredReceiver
+from runtime.engine.generation import GenerationRequest, GenerationResult, OnToken, Sampling, TokenRecord
 from runtime.errors import DeadlineExceeded, ProviderFailed, RequestCancelled
 from runtime.serve.boundary import Accepted
 from runtime.serve.routing import RouteDecision, check_fit
@@ -133,7 +134,7 @@ async def _run(services: Services, decision: RouteDecision, request: GenerationR
     result: GenerationResult | None = None
     failure: ClassifiedError | asyncio.CancelledError | None = None
     try:
-        result = await decision.binding.service.generate(request, watch)
+        result = await decision.binding.service.generate(request, _metered(watch, services.on_token))
     except asyncio.CancelledError as error:
         failure = error
     except ClassifiedError as error:
@@ -150,6 +151,11 @@ async def _run(services: Services, decision: RouteDecision, request: GenerationR
         queued=Span(ts_us=opened.ts_us, mono_us=opened.mono_us, duration_us=waited),
         elapsed_us=ended - submitted,
     )
+
+
+def _metered(watch: OnToken, asked: OnToken | None) -> OnToken:
+    """Return the watching receiver, telling of the same reader as the one that was asked for."""
+    return MeteredReceiver(watch, asked.flow) if isinstance(asked, MeteredReceiver) else watch
 
 
 def _raise_if_queued_failure(accepted: Accepted, execution: Execution) -> None:
