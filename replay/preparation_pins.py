@@ -27,6 +27,7 @@ SETTABLE = (
     "compiler.precision",
     "artifact.quantization",
     "compiler.optimization_level",
+    "compiler.batch_invariant",
     "compiler.execution_providers",
     "compiler.flags.NAME",
     *(f"{BOUNDS}{name}" for name in BOUND_NAMES),
@@ -77,6 +78,8 @@ def _with(options: BuildOptions, one: Substitution) -> BuildOptions:
             return replace(options, precision=one.value)
         case "artifact.quantization":
             return replace(options, precision="float32" if one.value == "none" else one.value)
+        case "compiler.batch_invariant":
+            return replace(options, batch_invariant=one.value == "true")
         case "compiler.optimization_level":
             return replace(options, optimization=one.value)
         case "compiler.execution_providers":
@@ -94,7 +97,7 @@ def _way(pin: str) -> Way:
         way = way_of(pin)
     except PinRefused:
         way = None
-    preparing = way in (Way.PACKAGE, Way.VERSION) and pin not in ("artifact.package_digest", "compiler.batch_invariant")
+    preparing = way in (Way.PACKAGE, Way.VERSION) and pin != "artifact.package_digest"
     if way is not None and (preparing or pin == "hardware.threads"):
         return way
     raise PinRefused("is no choice of a preparation", pin=pin, fix=f"Its choices are {', '.join(SETTABLE)}.")
@@ -130,5 +133,6 @@ def recorded_value(original: RecordedPreparation, pin: str) -> Any:
         "artifact.quantization": "none" if precision == "float32" else precision,
         "compiler.optimization_level": options["optimization"],
         "compiler.execution_providers": options["providers"],
+        "compiler.batch_invariant": bool(options.get("batch_invariant")),
         "hardware.threads": options["threads"],
     }.get(pin)

@@ -15,6 +15,7 @@ from replay.preparations import RecordedPreparation, RecordedStage
 from replay.stage_comparison import StageComparison, compare_stage, first_difference
 from replay.substitutes import Substitution, Way
 from replay.verdict import ReplayVerdict, Verdict
+from runtime.prepare.provenance import reproducible_of
 from traces.stages import Stage
 
 LAYER = "preparation"
@@ -114,7 +115,7 @@ def declared_unrepeatable(original: RecordedPreparation) -> Mapping[str, Any] | 
     packaged = next((one for one in original.stages if one.stage is Stage.PACKAGE), None)
     if packaged is None:
         return None
-    found = packaged.record.get("build_provenance", {}).get("reproducible_build", {})
+    found = reproducible_of(packaged.record.get("build_provenance", {}))
     return found if found.get("reproducible") is False else None
 
 

@@ -58,7 +58,7 @@ class EagerLowering(ExportedLowering):
             "graph_after": nodes,
             "numerical_validation": comparison.document(),
             "estimated_memory_bytes": {"weights": sum(t.nbytes for t in program.decoder.state_dict().values())},
-            "optimization_us": 0,
+            "optimization_us": unknown("eager torch runs no graph pass, so there is nothing to time"),
         }
         return Boundary({"graph": digest(str(program.exported.graph).encode()), "passes": []}, record)
 

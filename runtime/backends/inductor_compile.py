@@ -27,24 +27,28 @@ class Observed:
 
     def __init__(self) -> None:
         self.passes: list[dict[str, Any]] = []
+        self.pass_us: dict[str, int] = {}
         self.commands: list[dict[str, Any]] = []
 
 
 def watch_passes(observed: Observed) -> None:
-    """Count graph nodes before and after every pass that Inductor's observer announces."""
+    """Count graph nodes, and the time, before and after every pass that Inductor's observer announces."""
     from torch.fx.passes.graph_transform_observer import GraphTransformObserver as Observer
 
     enter, leave = Observer.__enter__, Observer.__exit__
 
     def entered(self: Any) -> Any:
-        self._replaylab_nodes = len(self.gm.graph.nodes)
+        self._replaylab_nodes, self._replaylab_ns = len(self.gm.graph.nodes), time.perf_counter_ns()
         return enter(self)
 
     def left(self: Any, *error: Any) -> Any:
         result = leave(self, *error)
         after = len(self.gm.graph.nodes)
-        entry = {"name": f"{self.subsystem}.{self.passname}", "before": self._replaylab_nodes, "after": after}
+        name = f"{self.subsystem}.{self.passname}"
+        entry = {"name": name, "before": self._replaylab_nodes, "after": after}
         observed.passes.append(entry)
+        spent = (time.perf_counter_ns() - self._replaylab_ns) // 1000
+        observed.pass_us[name] = observed.pass_us.get(name, 0) + spent
         return result
 
     Observer.__enter__, Observer.__exit__ = entered, left  # type: ignore[method-assign]
@@ -79,6 +83,7 @@ def watch_graph(observed: Observed, reporter: Reporter) -> None:
         reporter.send(
             "optimized",
             passes=observed.passes,
+            pass_us=observed.pass_us,
             nodes=len(graph.nodes),
             operators=dict(sorted(calls.items())),
             graph="sha256:" + hashlib.sha256(text.encode()).hexdigest(),
@@ -122,6 +127,7 @@ def compile_program(request: dict[str, Any], reporter: Reporter) -> None:
                 **SETTINGS_THAT_REPEAT,
                 "aot_inductor.metadata": request["metadata"],
                 "freezing": request["freezing"],
+                **request.get("settings", {}),
             },
         )
     reporter.send(

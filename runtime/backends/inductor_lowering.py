@@ -20,8 +20,13 @@ from runtime.backends.invariant import recipe_of
 from runtime.backends.lowering import ExportedLowering, target, unknown
 from runtime.backends.protocol import Boundary
 
-FLAGS = {"freezing": ("false", "true")}
-"""Flags that a caller may set, with their values; the first is the default."""
+SETTINGS = {
+    "simdlen": "cpp.simdlen",
+    "pattern_matcher": "pattern_matcher",
+    "epilogue_fusion": "epilogue_fusion",
+    "memory_planning": "memory_planning",
+}
+"""Flags that are settings of Inductor, and their names there; one that is not given keeps Inductor's own default."""
 DEFAULT_LEVEL = "o3"
 """Kernels are compiled with -O3; Inductor has no other level that changes an ahead-of-time package."""
 
@@ -41,6 +46,12 @@ class InductorLowering(ExportedLowering):
         packed = self.options.batch_invariant and recipe_of(self.options.flags) == "tile"
         return self.options.flags.get("freezing", "true" if packed else "false") == "true"
 
+    @property
+    def settings(self) -> dict[str, int | bool]:
+        """Settings of Inductor that were asked for."""
+        asked = {SETTINGS[name]: text for name, text in self.options.flags.items() if name in SETTINGS}
+        return {name: int(text) if text.isdigit() else text == "true" for name, text in asked.items()}
+
     def optimize(self) -> Boundary:
         """Stage 4: graph passes, up to the point where operations are scheduled."""
         source, symbols = self.work / "program.pt2", self.options.program_bounds.symbols()
@@ -50,6 +61,7 @@ class InductorLowering(ExportedLowering):
                 "program": str(source),
                 "output": str(self.work / PACKAGE),
                 "freezing": self.freezing,
+                "settings": self.settings,
                 "metadata": {
                     "replaylab.source": self.program.digest,
                     **{f"replaylab.range.{k}": f"{v[0]},{v[1]}" for k, v in symbols.items()},
@@ -66,8 +78,11 @@ class InductorLowering(ExportedLowering):
             "graph_before": {"nodes": len(self.program.exported.graph.nodes)},
             "graph_after": {"nodes": report["nodes"], "operators": report["operators"]},
             "numerical_validation": unknown("the graph runs only once it is code; compared with eager at stage a09"),
-            "estimated_memory_bytes": unknown("Inductor plans memory per call for dynamic shapes"),
-            "optimization_us": report["elapsed_us"],
+            "estimated_memory_bytes": {
+                "weights": sum(tensor.nbytes for tensor in self.program.exported.state_dict.values()),
+                "activations": unknown("Inductor plans memory per call for dynamic shapes"),
+            },
+            "optimization_us": {"total": report["elapsed_us"], "passes": report["pass_us"]},
         }
         emitted = {"graph": report["graph"], "passes": list(self._passes)}
         return Boundary(emitted, record, {"optimization_us": report["elapsed_us"]})

@@ -13,6 +13,7 @@ from manifests.canonical import digest
 from runtime.backends import program as programs
 from runtime.backends.errors import BackendRefused, BuildFailed
 from runtime.backends.invariant import RECIPE, recipe_of
+from runtime.backends.inventory import without_kernel
 from runtime.backends.program import StepProgram
 from runtime.backends.protocol import Boundary, BuildOptions
 
@@ -47,7 +48,7 @@ class ExportedLowering:
             "source_framework": f"torch {torch.__version__} ({program.checkpoint.config.family})",
             "opset_or_dialect": f"{program.exported.dialect}, schema {_schema_version()}",
             "warnings": list(program.warnings),
-            "unsupported_nodes": [],
+            "unsupported_nodes": without_kernel(program.exported),
             "artifact_digest": program.digest,
         }
         emitted = {"program": program.digest, "model": program.checkpoint.digest}

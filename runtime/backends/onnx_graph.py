@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from runtime.backends import program as programs
 from runtime.backends.contract import Bounds
 from runtime.backends.errors import BuildFailed
+from runtime.backends.inventory import without_schema
 
 RANGE = "replaylab.range."
 SOURCE = "replaylab.source"
@@ -98,6 +99,12 @@ def crossing_edges(model: onnx.ModelProto, owners: Mapping[str, str]) -> list[di
             if source and sink and source != sink:
                 edges.append({"tensor": name, "from": source, "to": sink})
     return edges
+
+
+def unsupported(model: onnx.ModelProto) -> list[str]:
+    """Name the operators that neither ONNX nor the model's own functions define."""
+    used = {(node.domain, node.op_type) for node in model.graph.node}
+    return without_schema(used, functions={(one.domain, one.name) for one in model.functions})
 
 
 def initializer_bytes(model: onnx.ModelProto) -> int:

@@ -27,6 +27,10 @@ SETTINGS = {
 """Session settings with our defaults; the ones that a caller may change are in `onnxruntime_lowering.FLAGS`."""
 
 
+ATTRIBUTES = {"session.memory_pattern": "enable_mem_pattern", "session.cpu_arena": "enable_cpu_mem_arena"}
+"""Memory plan: settings that ONNX Runtime takes as attributes of its options instead of as entries."""
+
+
 class OrtPool(ArrayPool):
     """NumPy tables that ONNX Runtime reads in place."""
 
@@ -83,7 +87,10 @@ def session_options(*, threads: int, settings: Mapping[str, str], level: str = "
     options.log_severity_level = 3
     options.graph_optimization_level = LEVELS[level]
     for name, value in {**SETTINGS, **settings}.items():
-        options.add_session_config_entry(name, value)
+        if name in ATTRIBUTES:
+            setattr(options, ATTRIBUTES[name], value == "1")
+        else:
+            options.add_session_config_entry(name, value)
     return options
 
 

@@ -22,10 +22,14 @@ from runtime.backends.errors import BackendRefused, BuildFailed
 from runtime.backends.fixture import compare_with_reference, run_fixture
 from runtime.backends.lowering import ExportedLowering, target, unknown
 from runtime.backends.onnxruntime import MODEL, PROVIDERS, SETTINGS, OrtExecutor, open_session, session_options
-from runtime.backends.onnxruntime_log import session_log
+from runtime.backends.onnxruntime_passes import DISABLED, Rewriting
 from runtime.backends.protocol import Boundary, LoadSpec
 
-FLAGS = {"disable_prepacking": "session.disable_prepacking"}
+FLAGS = {
+    "disable_prepacking": "session.disable_prepacking",
+    "memory_pattern": "session.memory_pattern",
+    "cpu_arena": "session.cpu_arena",
+}
 """Flags that a caller may set, and the session setting behind each."""
 OPSET = 23
 """The first with RMS norm and attention as operators of their own: a third fewer nodes than opset 18."""
@@ -88,6 +92,7 @@ class OrtLowering(ExportedLowering):
             "exporter_version": f"torch.onnx (dynamo) {torch.__version__}, onnxscript {self.versions['onnxscript']}",
             "opset_or_dialect": f"{opsets}, IR {self._model.ir_version}",
             "warnings": sorted({*base.record["warnings"], *noted}),
+            "unsupported_nodes": [*base.record["unsupported_nodes"], *onnx_graph.unsupported(self._model)],
             "artifact_digest": name,
         }
         spent = (time.perf_counter_ns() - start) // 1000
@@ -124,8 +129,9 @@ class OrtLowering(ExportedLowering):
         source, self._optimized = self.work / "captured.onnx", self.work / MODEL
         source.write_bytes(self._model.SerializeToString(deterministic=True))
         start = time.perf_counter_ns()
-        self._passes, changed = self._rewrite(source)
+        ran = self._rewriting.rewrite(source, self._optimized)
         spent = (time.perf_counter_ns() - start) // 1000
+        self._passes = ran.names
         after = onnx.load(str(self._optimized))
         onnx_graph.check_dimensions(after, self.options.program_bounds, stage="a04")
         comparison = compare_with_reference(self._executor(), self.model_folder)
@@ -137,15 +143,19 @@ class OrtLowering(ExportedLowering):
                 stage="a04",
             )
         record = {
-            "pass_list": [{"name": name, "changed": name in changed} for name in self._passes],
+            "pass_list": [{"name": name, "changed": name in ran.changed} for name in self._passes],
             "graph_before": {"nodes": len(self._model.graph.node)},
             "graph_after": {
                 "nodes": len(after.graph.node),
+                "by_level": self._rewriting.nodes_by_level(source, self.work),
                 "operators": dict(sorted(Counter(node.op_type for node in after.graph.node).items())),
             },
             "numerical_validation": comparison.document(),
             "estimated_memory_bytes": {"weights": onnx_graph.initializer_bytes(after)},
-            "optimization_us": spent,
+            "optimization_us": {
+                "total": spent,
+                "passes": ran.pass_us or unknown("this version of ONNX Runtime gives its log lines no times"),
+            },
         }
         emitted = {"graph": _file_digest(self._optimized), "passes": list(self._passes), "level": self.level}
         return Boundary(emitted, record, {"optimization_us": spent})
@@ -208,15 +218,16 @@ class OrtLowering(ExportedLowering):
             "execution_providers": self.providers,
         }
 
-    def _rewrite(self, source: Path) -> tuple[tuple[str, ...], set[str]]:
-        options = session_options(threads=self.options.threads, settings=self.settings, level=self.level)
-        options.optimized_model_filepath = str(self._optimized)
-        options.log_severity_level = 0  # the transformers report at this level only
-        with session_log() as lines:
-            open_session(source, options, self.providers)
-        found = [re.search(r"GraphTransformer (\S+) modified: (\d)", line) for line in lines]
-        passes = tuple(match.group(1) for match in found if match)
-        return passes, {match.group(1) for match in found if match and match.group(2) == "1"}
+    @property
+    def _rewriting(self) -> Rewriting:
+        names = self.options.flags.get(DISABLED, "").split(";")
+        return Rewriting(
+            level=self.level,
+            threads=self.options.threads,
+            settings=self.settings,
+            providers=self.providers,
+            disabled=tuple(filter(None, names)),
+        )
 
     def _executor(self, **changes: Any) -> OrtExecutor:
         config = self.program.checkpoint.config

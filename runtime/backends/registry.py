@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -25,6 +26,8 @@ from runtime.backends.protocol import (
 )
 
 YES = Ability(Support.SUPPORTED)
+NAMES = ("NAME;NAME;...",)
+"""Values of a flag that takes names which only the toolchain knows; the lowering refuses unknown ones."""
 
 
 def _not_ours(reason: str) -> Ability:
@@ -115,7 +118,8 @@ class InstalledBackend:
             self._among("flag recipe without batch_invariant", options.flags[RECIPE], ())
         for name, value in options.flags.items():
             self._among("flag", name, tuple(self.flags))
-            self._among(f"flag {name}", value, self.flags[name])
+            if self.flags[name] != NAMES or re.fullmatch(r"\w+(;\w+)*", value) is None:
+                self._among(f"flag {name}", value, self.flags[name])
         if options.threads < 1:
             self._among("threads", str(options.threads), ("1 or more",))
         if options.providers and self.providers is None:
@@ -180,7 +184,13 @@ ONNXRUNTIME = InstalledBackend(
     lowering="runtime.backends.onnxruntime_lowering:OrtLowering",
     loader="runtime.backends.onnxruntime:load_onnxruntime",
     levels=("default", "disable", "basic", "extended", "layout", "all"),
-    flags={"disable_prepacking": ("0", "1"), RECIPE: ("tile",)},
+    flags={
+        "disable_prepacking": ("0", "1"),
+        "memory_pattern": ("0", "1"),
+        "cpu_arena": ("0", "1"),
+        "disable_optimizers": NAMES,
+        RECIPE: ("tile",),
+    },
     providers=("CPUExecutionProvider",),
 )
 INDUCTOR = InstalledBackend(
@@ -203,7 +213,14 @@ INDUCTOR = InstalledBackend(
     lowering="runtime.backends.inductor_lowering:InductorLowering",
     loader="runtime.backends.inductor:load_inductor",
     can_abort=True,
-    flags={"freezing": ("false", "true"), RECIPE: RECIPES},
+    flags={
+        "freezing": ("false", "true"),
+        "simdlen": ("256", "512"),
+        "pattern_matcher": ("true", "false"),
+        "epilogue_fusion": ("true", "false"),
+        "memory_planning": ("false", "true"),
+        RECIPE: RECIPES,
+    },
 )
 BACKENDS: tuple[InstalledBackend, ...] = (EAGER, ONNXRUNTIME, INDUCTOR)
 

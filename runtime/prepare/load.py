@@ -148,10 +148,11 @@ def run(received: Packaged, *, store: PackageStore) -> StageOutcome[Loaded]:
     model = load_package(store, received.digest, threads=received.source.options.threads)
     spent = (time.perf_counter_ns() - start) // 1000
     received.source.resources.callback(model.executor.close)
+    resident = process.memory_info().rss - before
     probe_pool = model.executor.new_pool(1)
     record = {
         "load_us": spent,
-        "resident_memory_bytes": max(0, process.memory_info().rss - before),
+        "resident_memory_bytes": resident if resident > 0 else unknown("it fits into memory that the process had"),
         "device_allocation_bytes": unknown("the CPU has no memory of its own beside the resident memory"),
         "cache_capacity": {"bytes_per_slot": probe_pool.nbytes, "slots": "chosen by the scheduler"},
         "instance_count": 1,

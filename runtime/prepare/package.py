@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from runtime.models.loader import Checkpoint, load_checkpoint
 from runtime.prepare.capture import Source, options_document
 from runtime.prepare.lower import Lowered
 from runtime.prepare.manifest import PackageManifest, config_document
+from runtime.prepare.provenance import provenance
 from runtime.prepare.reproducible import reproducible_build
 from runtime.prepare.stage import Journal, StageOutcome
 from runtime.prepare.store import PackageStore, file_entry
@@ -79,12 +79,16 @@ def run(received: Lowered, *, store: PackageStore, journal: Journal) -> StageOut
         "manifest": {name: entry.sha256 for name, entry in manifest.files.items()},
         "dependency_versions": dict(compiler.runtime_versions),
         "signature_status": "signed, Ed25519 over DSSE, verified",
-        "build_provenance": {
-            "builder": f"replaylab {importlib.metadata.version('replaylab')}",
-            "source": checkpoint.digest,
-            "stages": [stage.output_digest for stage in manifest.stages],
-            "reproducible_build": reproducible_build(source.backend.name, source.options),
-        },
+        "build_provenance": provenance(
+            package=package_digest,
+            files={name: entry.sha256 for name, entry in manifest.files.items()},
+            backend=source.backend.name,
+            options=manifest.options,
+            model=checkpoint.digest,
+            libraries=compiler.runtime_versions,
+            stages=manifest.stages,
+            reproducible=reproducible_build(source.backend.name, source.options),
+        ),
     }
     return StageOutcome(Packaged(source, package_digest, store.path(package_digest), manifest), record)
 

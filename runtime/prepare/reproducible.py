@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.backends.invariant import recipe_of
 from runtime.backends.protocol import BuildOptions
 from traces.stages import Stage
 
@@ -23,10 +24,15 @@ class Unrepeatable:
     reason: str
 
 
+def _frozen_bfloat16(options: BuildOptions) -> bool:
+    packed = options.batch_invariant and recipe_of(options.flags) == "tile"
+    return options.precision == "bfloat16" and options.flags.get("freezing", str(packed).lower()) == "true"
+
+
 DECLARED: tuple[Unrepeatable, ...] = (
     Unrepeatable(
         backend="inductor",
-        applies=lambda options: options.precision == "bfloat16" and options.flags.get("freezing") == "true",
+        applies=_frozen_bfloat16,
         first=Stage.OPTIMIZE,
         reason="Inductor folds and packs bfloat16 weights in another order from build to build",
     ),

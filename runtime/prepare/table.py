@@ -128,7 +128,7 @@ _SUMMARIES: Mapping[Stage, Callable[[Mapping[str, Any]], str]] = {
     ),
     Stage.LOAD: lambda record: (
         f"{record['load_us'] / 1000:.0f} ms, "
-        f"{record['resident_memory_bytes'] / 1e6:.0f} MB resident, "
+        f"{_known(record['resident_memory_bytes'], lambda size: f'{size / 1e6:.0f} MB resident')}, "
         f"{record['cache_capacity']['bytes_per_slot']} B a slot"
     ),
     Stage.WARM: _warm,
