@@ -133,9 +133,17 @@ def _cpu_model(processor: Mapping[str, str]) -> str:
     return f"{name} ({described})" if name and described else name or described or "unknown"
 
 
+def processor_flags(root: Path = Path("/")) -> frozenset[str]:
+    """List every feature of the processor: what compiled code may need is more than what a manifest pins."""
+    return _offered(_processor(root))
+
+
+def _offered(processor: Mapping[str, str]) -> frozenset[str]:
+    return frozenset((processor.get("flags") or processor.get("Features", "")).split())
+
+
 def _isa_flags(processor: Mapping[str, str]) -> tuple[str, ...]:
-    offered = set((processor.get("flags") or processor.get("Features", "")).split())
-    return tuple(sorted(offered.intersection(NUMERIC_ISA)))
+    return tuple(sorted(_offered(processor).intersection(NUMERIC_ISA)))
 
 
 def _usable_cores() -> int:

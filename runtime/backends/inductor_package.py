@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import struct
 import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from runtime.backends.lowering import unknown
+from runtime.backends.elf import text_section_bytes
 
 COMMAND_COMMENT = b"\n// Compile cmd"
 """Generated sources end with the compiler commands, appended once per build with the cache in use: not content."""
@@ -53,17 +52,3 @@ def read_package(path: Path) -> dict[str, Any]:
         "code_bytes": text_section_bytes(shared),
         "isa": isa.group(1) if isa else "unknown",
     }
-
-
-def text_section_bytes(shared: bytes) -> int | dict[str, str]:
-    """Read the size of `.text` from a 64-bit little-endian ELF file: code without the weights beside it."""
-    if shared[:6] != b"\x7fELF\x02\x01":
-        return unknown("the shared object is not 64-bit little-endian ELF")
-    (table,) = struct.unpack_from("<Q", shared, 0x28)
-    size, count, names_index = struct.unpack_from("<HHH", shared, 0x3A)
-    sections = [struct.unpack_from("<IIQQQQ", shared, table + index * size) for index in range(count)]
-    names_at = sections[names_index][4]
-    for name, _, _, _, _, length in sections:
-        if shared[names_at + name : names_at + name + 6] == b".text\x00":
-            return int(length)
-    return unknown("the shared object has no .text section")

@@ -100,6 +100,18 @@ def foreign_pool(pool: KVPool) -> InputRefused:
     )
 
 
+ALIGNMENT = 64
+"""Bytes; compiled code may read whole vectors from the start of a buffer, and crashes where it is not aligned."""
+
+
+def aligned_zeros(rows: int, width: int) -> Floats:
+    """Make a zeroed float32 table whose first byte is aligned; NumPy itself promises 16 bytes only."""
+    size = rows * width * 4
+    held = np.zeros(size + ALIGNMENT, dtype=np.uint8)
+    start = -held.ctypes.data % ALIGNMENT
+    return held[start : start + size].view(np.float32).reshape(rows, width)
+
+
 class ArrayPool:
     """Tables [layers*slots, kv width] as float32 NumPy arrays."""
 
@@ -107,8 +119,8 @@ class ArrayPool:
         if num_slots < 1:
             raise InputRefused(f"a pool needs at least one slot, not {num_slots}", evidence={"num_slots": num_slots})
         try:
-            self.k = np.zeros((num_layers * num_slots, width), dtype=np.float32)
-            self.v = np.zeros((num_layers * num_slots, width), dtype=np.float32)
+            self.k = aligned_zeros(num_layers * num_slots, width)
+            self.v = aligned_zeros(num_layers * num_slots, width)
         except MemoryError as error:
             raise _no_memory(num_layers * num_slots * width * 8) from error
         self._slots = num_slots

@@ -222,7 +222,36 @@ INDUCTOR = InstalledBackend(
         RECIPE: RECIPES,
     },
 )
-BACKENDS: tuple[InstalledBackend, ...] = (EAGER, ONNXRUNTIME, INDUCTOR)
+IREE = InstalledBackend(
+    name="iree",
+    abilities=abilities(
+        float32=YES,
+        bfloat16=_not_ours("llvm-cpu widens bfloat16 to float32 in every kernel; pools are float32"),
+        int8=_not_ours("needs a quantized decoder"),
+        dynamic_shapes=YES,
+        threads=YES,
+        optimization_levels=YES,
+        reproducible_build=YES,
+        reproducible_steps=YES,
+        batch_invariant=_not_ours("decode batches are invariant by default; padding and chunks need a recipe"),
+        own_process=YES,
+        one_shot_models=_not_ours("only the functional step is loaded"),
+    ),
+    libraries=("iree-base-compiler", "iree-base-runtime", "torch"),
+    runtime_libraries=("iree-base-runtime",),
+    lowering="runtime.backends.iree_lowering:IreeLowering",
+    loader="runtime.backends.iree:load_iree",
+    levels=("default", "O0", "O1", "O2", "O3"),
+    flags={
+        "target_cpu": ("host", "generic", "x86-64-v3", "x86-64-v4"),
+        "data_tiling": ("false", "true"),
+        "ukernels": ("none", "all"),
+    },
+    buckets="optional",
+    can_abort=True,
+    extra="iree",
+)
+BACKENDS: tuple[InstalledBackend, ...] = (EAGER, ONNXRUNTIME, INDUCTOR, IREE)
 
 
 def backend_named(name: str) -> Backend:

@@ -27,7 +27,7 @@ from runtime.prepare.manifest import PackageManifest, read_config_document
 from runtime.prepare.package import TOKENIZER, Packaged
 from runtime.prepare.stage import StageOutcome
 from runtime.prepare.store import PackageStore
-from runtime.probe import probe
+from runtime.probe import processor_flags
 
 REQUIRED_FLAGS = {
     "AVX2": ("avx2", "fma"),
@@ -122,7 +122,7 @@ def check_envelope(manifest: PackageManifest, package_digest: str) -> None:
     }
     wrong = [f"{name}: made for {made}, here {here}" for name, (made, here) in differences.items() if made != here]
     if envelope["isa"]:
-        flags = set(probe().isa_flags)
+        flags = processor_flags()
         for name in envelope["isa"]:
             missing = [flag for flag in REQUIRED_FLAGS.get(name, (name.lower(),)) if flag not in flags]
             if missing:

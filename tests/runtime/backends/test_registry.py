@@ -32,7 +32,7 @@ def test_an_incomplete_table_or_a_bare_no_is_an_error() -> None:
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(BackendRefused, match="eager, onnxruntime, inductor"):
+    with pytest.raises(BackendRefused, match="eager, onnxruntime, inductor, iree"):
         registry.backend_named("tensorrt")
 
 
@@ -48,6 +48,8 @@ def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
         ("eager", BuildOptions(norm="layer"), "layer"),
         ("inductor", BuildOptions(threads=0), "threads"),
         ("eager", BuildOptions(providers=("CPUExecutionProvider",)), "providers"),
+        ("iree", BuildOptions(precision="bfloat16"), "bfloat16"),
+        ("iree", BuildOptions(flags={"target_cpu": "pentium9000"}), "target_cpu"),
         ("eager", BuildOptions(buckets=default_plan(Bounds())), "its shapes are dynamic"),
     ],
 )

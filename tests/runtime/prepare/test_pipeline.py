@@ -28,7 +28,13 @@ from traces.failures import ClassifiedError, FailureClass
 from traces.stages import PREPARATION_STAGES
 
 Prepared = Callable[..., PreparedPackage]
-ALL = [("eager", "float32"), ("eager", "bfloat16"), ("onnxruntime", "float32"), ("inductor", "float32")]
+ALL = [
+    ("eager", "float32"),
+    ("eager", "bfloat16"),
+    ("onnxruntime", "float32"),
+    ("inductor", "float32"),
+    ("iree", "float32"),
+]
 SHAPES = [(1, 1, 1), (1, 7, 3), (2, 1, 9), (5, 3, 31), (16, 1, 64), (1, 64, 1), (3, 2, 128)]
 
 
