@@ -14,6 +14,7 @@ from replay.catalog import Target
 from replay.generations import load_plans, load_sequences, recorded_generations
 from replay.judge import sentence
 from replay.portrait import critical_by_stage
+from replay.preparation_comparison import compare_package_stages
 from replay.records import RecordedRequest, load_run, to_request_record
 from replay.text_models import text_model
 from traces.failures import ClassifiedError, EvidenceError
@@ -47,12 +48,17 @@ def compare_requests(ledger: Ledger, left: Target, right: Target) -> dict[str, A
         "token_index": found.request_token_index,
         "detail": sentence(found, mode="faithful"),
         "pins": _pins(pins, found),
+        "preparation": compare_package_stages(ledger, _package(one), _package(other)),
         "stages_different": list(found.stages_different),
         "tokens_different": found.tokens_different,
         "tokens": _with_texts(_tokens(first, second, found), ledger, one, other),
         "texts": [_texts(ledger, one), _texts(ledger, other)],
         "latency": _latency(one, other),
     }
+
+
+def _package(request: RecordedRequest) -> str | None:
+    return None if request.pins is None else request.pins.artifact.package_digest
 
 
 def _load(ledger: Ledger, target: Target) -> tuple[RecordedRequest, RequestRecord]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.latency import Decomposition, decompose
 from replay.generations import RecordedSequence, load_sequences
+from replay.preparation_comparison import portray_package
 from replay.records import RecordedRequest, span_records, stage_records
 from traces.failures import EvidenceError
 from traces.stages import Stage
@@ -36,6 +37,7 @@ def portrait(ledger: Ledger, request: RecordedRequest) -> dict[str, Any]:
         "waterfall": waterfall(request),
         "pins": None if request.pins is None else request.pins.to_documents(),
         "manifest": request.manifest_digest,
+        "preparation": portray_package(ledger, None if request.pins is None else request.pins.artifact.package_digest),
         "generations": [_generation(sequence) for sequence in load_sequences(ledger, request.events)],
         "effects": _effects(request.events),
         "verdict": _verdict(request, read),

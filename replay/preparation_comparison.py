@@ -14,6 +14,7 @@ from traces.stages import Stage
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from runtime.prepare.store import PackageStore
     from traces.ledger.ledger import Ledger
 
 
@@ -68,6 +69,37 @@ def stages_of_package(ledger: Ledger, package: str) -> tuple[RecordedStage, ...]
         )
         for one in stages
     )
+
+
+def portray_package(ledger: Ledger, package: str | None) -> list[dict[str, Any]]:
+    """Say in a line a stage what preparation did to a package; empty where the package is not here.
+
+    Times and memory are those of the newest preparation on this machine, where it was measured.
+    """
+    if package is None:
+        return []
+    from runtime.prepare.store import PackageStore
+    from runtime.prepare.table import summarize
+
+    rows: list[dict[str, Any]] = []
+    measured = _baseline(PackageStore(ledger.path), package)
+    for one in stages_of_package(ledger, package):
+        seen = measured.get(one.stage.value, {})
+        row = {"stage": one.stage.value, "name": one.stage.word, "digest": one.output_digest}
+        try:
+            said = summarize(one.stage, seen.get("record") or one.record)
+        except (KeyError, TypeError):  # without measured fields some stages cannot be said in a line
+            said = ""
+        rows.append(row | {"duration_us": seen.get("duration_us"), "summary": said})
+    return rows
+
+
+def _baseline(store: PackageStore, package: str) -> dict[str, dict[str, Any]]:
+    try:
+        found = store.baseline(package)
+    except (ClassifiedError, ValueError):
+        return {}
+    return {str(stage["stage"]): stage for stage in (found or {}).get("stages", [])}
 
 
 def _side(one: RecordedPreparation) -> dict[str, Any]:

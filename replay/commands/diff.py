@@ -102,6 +102,7 @@ def _print(found: dict[str, Any], *, brief: bool) -> None:
     out.print(f"B  {found['right']['request']} of {found['right']['run']}", soft_wrap=True)
     out.print(screen.verdict_text(found["verdict"]), found["detail"], soft_wrap=True)
     _print_pins(out, found["pins"])
+    _print_preparation(out, found["preparation"])
     if brief:
         return
     if found["tokens"]:
@@ -148,6 +149,20 @@ def _print_pins(out: Console, pins: list[dict[str, Any]]) -> None:
         (row["pin"], _value(row["left"]), _value(row["right"]), explains.get(row["role"] or "", "")) for row in pins
     ]
     screen.print_table(out, ("pin", "A", "B", ""), rows)
+
+
+def _print_preparation(out: Console, found: dict[str, Any] | None) -> None:
+    """Say at which preparation stage the two packages part, and in what."""
+    if found is None:
+        return
+    first = found["first_stage"]
+    if first is None:
+        out.print(f"\nthe packages are the same in the first {found['stages_compared']} preparation stages")
+        return
+    names = [str(field["field"]) for field in found["fields"]]
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    said = f"\nthe packages part at preparation stage {first}"
+    out.print(said + (f": {', '.join(names[:4])}{more}" if names else ""), soft_wrap=True, markup=False)
 
 
 def _token(row: dict[str, Any], side: str) -> str:

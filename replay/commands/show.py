@@ -63,6 +63,7 @@ def show(ledger: Ledger, target: Target, *, as_json: bool, brief: bool = False) 
     _print_generations(out, seen)
     _print_tools(out, seen)
     _print_pins(out, seen)
+    _print_preparation(out, seen)
     _print_verdict(out, seen)
     out.print(f"\nreplay it: replay run {seen['request']}", soft_wrap=True)
     return 0
@@ -174,6 +175,17 @@ def _print_pins(out: Console, seen: dict[str, Any]) -> None:
         document = pins[dimension]
         shown = ", ".join(f"{name} {_value(document[name])}" for name in fields if document[name] not in (None, {}, ()))
         out.print(f"  {dimension:<11}{shown}", soft_wrap=True, markup=False)
+
+
+def _print_preparation(out: Console, seen: dict[str, Any]) -> None:
+    """Print what preparation did to the package that answered."""
+    if seen["preparation"]:
+        out.print("\n[bold]how its package was prepared[/bold]")
+        rows = [
+            (f"{row['stage']} {row['name']}", screen.duration(row["duration_us"]), row["summary"])
+            for row in seen["preparation"]
+        ]
+        screen.print_table(out, ("stage", "took", "recorded"), rows)
 
 
 def _print_verdict(out: Console, seen: dict[str, Any]) -> None:

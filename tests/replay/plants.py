@@ -150,7 +150,7 @@ OWN: Mapping[str, Mapping[str, Plant]] = {
                 "if sys.argv[-1:] and any('inductor_compile' in word for word in sys.orig_argv):\n"
                 "    import torch\n"
                 "    from torch._inductor import lowering\n"
-                "    lowering.make_fallback(torch.ops.aten.silu.default, override_decomp=True, warn=False)\n"
+                "    lowering.make_fallback(torch.ops.aten.cos.default, override_decomp=True, warn=False)\n"
             ),
         ),
         "a06": Plant("narrower vectors", ("compiler.flags.simdlen=256",)),

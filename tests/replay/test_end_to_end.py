@@ -97,6 +97,22 @@ def test_two_requests_that_part_are_shown_token_by_token(
     assert "generation.seed" in printed
 
 
+def test_two_packages_are_told_apart_by_the_preparation_stage_at_which_they_part(
+    recorded: Recorded, replay: Replay, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, place = recorded.references()[0], ["--ledger", str(recorded.path)]
+    (verdict,) = replay("compiler.precision=bfloat16", requests=[first]).values()
+    both = [first, f"{verdict.replay['run']}/{first}"]
+    assert main(["diff", *both, "--brief", *place]) == 1
+    assert "the packages part at preparation stage a01 capture" in capsys.readouterr().out
+    assert main(["diff", *both, "--json", *place]) == 1
+    assert json.loads(capsys.readouterr().out)["preparation"]["stages_compared"] == 9
+    assert main(["show", first, *place]) == 0
+    shown = capsys.readouterr().out
+    assert "how its package was prepared" in shown
+    assert "a09 warm" in shown
+
+
 @pytest.mark.parametrize("mode", ["faithful", "forced", "audit"])
 def test_unchanged_replays_are_exact(replay: Replay, mode: str) -> None:
     assert {verdict.verdict for verdict in replay(mode=mode).values()} == {Verdict.EXACT}
