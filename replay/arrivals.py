@@ -146,7 +146,7 @@ def _ticks(events: Sequence[TraceEvent], usual: int) -> dict[int, int]:
 def _stand_ins(lines: Mapping[int, _Line], plans: Mapping[int, StepPlan], *, block_size: int) -> dict[int, list[int]]:
     """Return each sequence's tokens: its own where they may be known, else numbers that are equal where blocks were.
 
-    A sequence that read another's blocks at its first admission has the same tokens there.
+    A sequence that read another's blocks, at any of its admissions, has the same tokens there.
     """
     texts: dict[int, list[int]] = {}
     for line in lines.values():
@@ -155,25 +155,31 @@ def _stand_ins(lines: Mapping[int, _Line], plans: Mapping[int, StepPlan], *, blo
         else:
             first = -1 - line.index * MANY
             texts[line.index] = [first - place for place in range(line.prompt_tokens + line.output_tokens + 1)]
-    seen: set[int] = set()
-    for step in sorted(plans):
-        for admission in plans[step].admissions:
-            index, line = admission.sequence, lines.get(admission.sequence)
-            if line is None or index in seen:
-                continue
-            seen.add(index)
+    for alike in _equal_blocks(plans):
+        members = sorted(
+            (one for one in alike if one[0] in lines), key=lambda one: (lines[one[0]].request is None, one)
+        )
+        for index, place in members[1:]:
+            if lines[index].request is None:
+                block = slice(place * block_size, (place + 1) * block_size)
+                texts[index][block] = texts[members[0][0]][block]
+    return texts
+
+
+def _equal_blocks(plans: Mapping[int, StepPlan]) -> list[set[tuple[int, int]]]:
+    """Return groups of (sequence, number of its block) that held the same tokens, as the recorded hits show it."""
+    group_of: dict[tuple[int, int], set[tuple[int, int]]] = {}
+    for plan in plans.values():
+        for admission in plan.admissions:
             for place, hit in enumerate(admission.hits):
                 source = plans.get(hit.step)
-                if source is None:
+                if source is None or hit.call >= len(source.calls):
                     continue
-                block = slice(place * block_size, (place + 1) * block_size)
-                other = source.calls[hit.call].sequences[hit.row]
-                if other not in lines:
-                    continue
-                known, unknown = (index, other) if line.request is not None else (other, index)
-                if unknown != known and lines[unknown].request is None:
-                    texts[unknown][block] = texts[known][block]
-    return texts
+                one = (admission.sequence, place)
+                two = (source.calls[hit.call].sequences[hit.row], place)
+                joined = group_of.get(one, {one}) | group_of.get(two, {two})
+                group_of |= dict.fromkeys(joined, joined)
+    return list({id(group): group for group in group_of.values()}.values())
 
 
 def _arrival(line: _Line, text: list[int], ticks: Mapping[int, int], left: int | None) -> Arrival:
