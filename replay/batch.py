@@ -52,10 +52,11 @@ def replay_requests(
     from replay.environments import environment_for
     from replay.groups import group_requests
     from replay.records import load_run
+    from replay.slices import FEW
     from replay.substitutes import parse_substitutions
 
     substitutions = parse_substitutions(settings)
-    recorded = load_run(ledger, run_id)
+    recorded = load_run(ledger, run_id, only=requests if requests is not None and len(requests) <= FEW else None)
     wanted = list(recorded.requests) if requests is None else list(requests)
     done: list[Done] = []
     groups = group_requests([recorded.requests[reference] for reference in wanted], substitutions)

@@ -11,11 +11,12 @@ from eval.divergence import Divergence, compare, compare_twins
 from eval.records import RequestRecord
 from manifests.diff import PinDifference, diff
 from replay.catalog import Target
-from replay.generations import load_plans, load_sequences, recorded_generations
+from replay.generations import load_sequences, recorded_generations
 from replay.judge import sentence
 from replay.portrait import critical_by_stage
 from replay.preparation_comparison import compare_package_stages
 from replay.records import RecordedRequest, load_run, to_request_record
+from replay.slices import plans_of
 from replay.text_models import text_model
 from traces.failures import ClassifiedError, EvidenceError
 
@@ -62,10 +63,11 @@ def _package(request: RecordedRequest) -> str | None:
 
 
 def _load(ledger: Ledger, target: Target) -> tuple[RecordedRequest, RequestRecord]:
-    run = load_run(ledger, target.run_id)
-    request = run.requests[target.request_ref or ""]
+    reference = target.request_ref or ""
+    run = load_run(ledger, target.run_id, only=[reference])
+    request = run.requests[reference]
     sequences = load_sequences(ledger, request.events)
-    return request, to_request_record(request, recorded_generations(sequences, load_plans(run.shared)))
+    return request, to_request_record(request, recorded_generations(sequences, plans_of(ledger, run)))
 
 
 def _pins(pins: tuple[PinDifference, ...], found: Divergence) -> list[dict[str, Any]]:

@@ -15,7 +15,8 @@ from runtime.engine.generation import GenerationRequest, GenerationResult, OnTok
 from traces.failures import ClassifiedError
 
 if TYPE_CHECKING:
-    from runtime.engine.playback import PlanPlayer
+    from runtime.engine.playback import PlanPlayer, Playback
+    from runtime.engine.rerun import SliceUse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +24,13 @@ class Generated:
     """One generation of a replay: what was asked, what came, and whether it followed the recorded rows.
 
     followed  the recorded generation whose plans it ran along; None when it was scheduled alone
+    slice     how much of the schedule it took; None where no model ran
     """
 
     request: GenerationRequest
     result: GenerationResult
     followed: RecordedSequence | None
+    slice: SliceUse | None = None
 
 
 @dataclass(kw_only=True)
@@ -60,16 +63,21 @@ class PlayedGenerations:
         before = None if known is None else known.result
         told = None if self.unseen else on_token
         if known is None or self.mode == "alone" or (self.mode == "forced" and before is None):
-            result = player.replay(request, "alone", None, on_token=told)
-            self.done.append(Generated(request=request, result=result, followed=None))
-            return _end(result)
+            played = player.play(request, "alone", None, on_token=told)
+            return self._note(request, played, followed=None)
         try:
-            result = player.replay(request, "forced" if self.mode == "forced" else "faithful", before, on_token=told)
+            played = player.play(request, "forced" if self.mode == "forced" else "faithful", before, on_token=told)
         except PlanMissing as missing:
             self.obstacles.append(missing)
             raise
-        self.done.append(Generated(request=request, result=result, followed=known))
-        return _end(result)
+        return self._note(request, played, followed=known)
+
+    def _note(
+        self, request: GenerationRequest, played: Playback, *, followed: RecordedSequence | None
+    ) -> GenerationResult:
+        """Keep what was generated and what it took."""
+        self.done.append(Generated(request=request, result=played.result, followed=followed, slice=played.slice))
+        return _end(played.result)
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from eval.records import GenerationRecord, RequestRecord
@@ -67,6 +67,7 @@ class Setting:
     deployment  as it was recorded with the run
     shared      events of the run that belong to no request
     plans       step plans by engine
+    steps       engine steps that the run recorded
     hardware    the worker's own hardware pins
     packages    which package runs instead of a recorded one
     """
@@ -77,6 +78,7 @@ class Setting:
     shared: Sequence[TraceEvent]
     models: Models
     plans: Mapping[str, Sequence[StepPlan]]
+    steps: int
     hardware: HardwareManifest
     packages: PackageChoice
     mode: ReplayMode
@@ -118,6 +120,7 @@ class Player:
             differences=diff(request.pins, pins) if request.pins is not None and pins is not None else (),
             rescheduled=setting.rescheduled,
         )
+        verdict = replace(verdict, replay={**verdict.replay, "slice": passage.slice_document()})
         document = verdict.to_document()
         setting.recorder.commit(
             "replay.verdict",
@@ -157,6 +160,19 @@ class _Passage:
     def record(self) -> RequestRecord:
         """Return what eval judges of the replay."""
         return to_request_record(self._again(), [self._generation(one) for one in self._done])
+
+    def slice_document(self) -> dict[str, int] | None:
+        """Return how much of the recorded schedule the replay ran; None where no model ran."""
+        used = [one.slice for one in self._done if one.slice is not None]
+        if not used:
+            return None
+        return {
+            "steps": len({step for one in used for step in one.steps}),
+            "recorded_steps": self._setting.steps,
+            "own_calls": sum(one.own_calls for one in used),
+            "prefix_calls": sum(one.prefix_calls for one in used),
+            "past_calls": sum(one.past_calls for one in used),
+        }
 
     def pins(self) -> Pins | None:
         """Return the pins that the replay ran under."""

@@ -69,21 +69,28 @@ class RecordedRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedRun:
-    """One run: its requests in order of arrival and the events that belong to no request (steps, packages)."""
+    """One run: its requests in order of arrival and the events that belong to no request (steps, packages).
+
+    whole  whether all requests and all engine steps were read
+    """
 
     run_id: str
     started: TraceEvent
     requests: Mapping[str, RecordedRequest]
     shared: tuple[TraceEvent, ...]
+    whole: bool = True
 
     def shared_of_type(self, event_type: str) -> tuple[TraceEvent, ...]:
         """Events of one type that belong to no single request, in order."""
         return tuple(event for event in self.shared if event.event_type == event_type)
 
 
-def load_run(ledger: Ledger, run_id: str) -> RecordedRun:
-    """Read one run; IncompleteRecord when its start was never recorded."""
-    events = ledger.events(run_id=run_id)
+def load_run(ledger: Ledger, run_id: str, *, only: Sequence[str] | None = None) -> RecordedRun:
+    """Read one run; IncompleteRecord when its start was never recorded.
+
+    only: requests to read; neither the others nor the engines' steps are read then, however long the run was.
+    """
+    events = ledger.events(run_id=run_id) if only is None else ledger.events_of(run_id, only)
     started = next((event for event in events if event.event_type == "run.started"), None)
     if started is None:
         raise IncompleteRecord(f"run {run_id} has no recorded start", missing="run.started")
@@ -95,7 +102,7 @@ def load_run(ledger: Ledger, run_id: str) -> RecordedRun:
         else:
             grouped.setdefault(event.request_ref, []).append(event)
     requests = {ref: recorded_request(ledger.read_blob, run_id, ref, found) for ref, found in grouped.items()}
-    return RecordedRun(run_id=run_id, started=started, requests=requests, shared=tuple(shared))
+    return RecordedRun(run_id=run_id, started=started, requests=requests, shared=tuple(shared), whole=only is None)
 
 
 def load_request(ledger: Ledger, run_id: str, request_ref: str) -> RecordedRequest:

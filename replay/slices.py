@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from replay.generations import RecordedSequence
+from replay.generations import RecordedSequence, load_plans, load_sequences
+from replay.records import RecordedRun
 from runtime.engine.plan import StepPlan, decode_plan
 
 if TYPE_CHECKING:
@@ -17,6 +18,22 @@ if TYPE_CHECKING:
 
 LOOK_BACK = 64
 """Steps that are read at first when a sequence's admission lies before what is known; each look is twice as long."""
+
+
+FEW = 16
+"""Requests up to which slices are read one by one; for more, the whole run is read at once."""
+
+
+def plans_of(ledger: Ledger, run: RecordedRun) -> dict[str, tuple[StepPlan, ...]]:
+    """Return the plans of each engine that the run's requests need, ascending: all, or those of their slices only."""
+    if run.whole:
+        return load_plans(run.shared)
+    slices: dict[str, SlicePlans] = {}
+    for request in run.requests.values():
+        for sequence in load_sequences(ledger, request.events):
+            engine = sequence.engine_id
+            slices.setdefault(engine, SlicePlans(ledger, run.run_id, engine)).add(sequence)
+    return {engine: tuple(one.plans[step] for step in sorted(one.plans)) for engine, one in slices.items()}
 
 
 class SlicePlans:
@@ -31,8 +48,11 @@ class SlicePlans:
         """By step; a step that was asked for and is not here was never recorded."""
 
     def add(self, sequence: RecordedSequence) -> None:
-        """Read the slice of one sequence; nothing when it never ran."""
-        steps = () if sequence.result is None else sequence.result.steps
+        """Read the slice of one sequence; all steps where its end, which names its own, was not recorded."""
+        if sequence.result is None:
+            self.read(0, self._ledger.step_count(self._run_id))
+            return
+        steps = sequence.result.steps
         if not steps:
             return
         self.read(min(steps), max(steps))

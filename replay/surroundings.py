@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from replay.generations import load_plans, load_sequence_tables, load_sequences
+from replay.generations import load_sequence_tables, load_sequences
 from replay.plan import Surroundings
 from replay.records import RecordedRequest, RecordedRun
+from replay.slices import plans_of
 from replay.text_models import has_tokenizer
 from runtime.engine.slicing import Schedule
 from runtime.prepare.store import PackageStore
@@ -49,7 +50,7 @@ class _Slices:
 
     def __init__(self, ledger: Ledger, run: RecordedRun) -> None:
         self._ledger = ledger
-        self._plans = load_plans(run.shared)
+        self._plans = plans_of(ledger, run)
         events = [event for request in run.requests.values() for event in request.events]
         self._tables = load_sequence_tables(events)
         self._schedules: dict[tuple[str, int], Schedule] = {}

@@ -14,9 +14,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from replay.errors import IncompleteRecord, PinRefused, ReplayRefused
-from replay.generations import load_plans, load_sequence_tables
+from replay.generations import load_sequence_tables
 from replay.jobs import THREADS_VARIABLE, Job, Report
 from replay.records import RecordedRequest, RecordedRun, load_run
+from replay.slices import FEW, plans_of
 from replay.substitutes import Substitution, check_values, parse_substitutions
 from replay.verdict import ReplayVerdict, Verdict, tally
 from traces.failures import ClassifiedError
@@ -60,7 +61,7 @@ def run_job(job: Job, say: Say) -> None:
 
     ledger = Ledger(job.ledger)
     ledger.drain()
-    run = load_run(ledger, job.run_id)
+    run = load_run(ledger, job.run_id, only=job.requests if len(job.requests) <= FEW else None)
     substitutions = parse_substitutions(job.settings)
     with Recorder(job.ledger, run_id=f"run_{random_ids()}", component="replay") as recorder:
         recorder.commit("run.started", payload=_started(job))
@@ -89,7 +90,7 @@ def make_player(
     if run.started.input_ref is None:
         raise IncompleteRecord(f"run {run.run_id} has no recorded deployment", missing="deployment")
     threads = threads_of(run.requests.values())
-    plans = load_plans(run.shared)
+    plans = plans_of(ledger, run)
     events = [event for request in run.requests.values() for event in request.events]
     models = Models(
         job.ledger,
@@ -108,6 +109,7 @@ def make_player(
             shared=run.shared,
             models=models,
             plans=plans,
+            steps=ledger.step_count(run.run_id),
             hardware=probe(threads=threads),
             packages=PackageChoice(
                 substitutions=chosen,

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     ledger = screen.open_ledger(arguments.ledger)
     target = resolve(ledger, arguments.id)
-    recorded = load_run(ledger, target.run_id)
+    recorded = load_run(ledger, target.run_id, only=None if target.request_ref is None else [target.request_ref])
     surroundings = surroundings_of(ledger, recorded)
     wanted = list(recorded.requests) if target.request_ref is None else [target.request_ref]
     found = {reference: assess(recorded.requests[reference], surroundings) for reference in wanted}

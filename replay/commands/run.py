@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     target = resolve(ledger, arguments.id)
     if target.request_ref is None and is_preparation(ledger, target.run_id):
         return run_preparation(arguments, ledger, target)
-    recorded = load_run(ledger, target.run_id)
+    recorded = load_run(ledger, target.run_id, only=None if target.request_ref is None else [target.request_ref])
     wanted = list(recorded.requests) if target.request_ref is None else [target.request_ref]
     try:
         substitutions = parse_substitutions(arguments.settings)
@@ -171,6 +171,9 @@ def _print_one(verdict: ReplayVerdict) -> None:
         if verdict.original.get(name) is not None or verdict.replay.get(name) is not None
     ]
     screen.print_table(out, ("", "recorded", "replay"), [[name, _brief(a), _brief(b)] for name, a, b in rows])
+    used = verdict.replay.get("slice")
+    if used:
+        out.print(_slice(used), soft_wrap=True)
 
 
 def _print_many(done: list[Done], mode: str) -> None:
@@ -197,8 +200,26 @@ def _print_many(done: list[Done], mode: str) -> None:
     layers = Counter(one.verdict.layer for one in done if one.verdict.layer is not None)
     said = f"{len(done)} replays ({mode}): {screen.counts(tally(one.verdict for one in done))}"
     out.print(said + (f"; first layer: {screen.counts(layers)}" if layers else ""))
+    used = [one.verdict.replay["slice"] for one in done if one.verdict.replay.get("slice")]
+    if used:
+        calls = sum(one["own_calls"] + one["prefix_calls"] + one["past_calls"] for one in used)
+        steps = sorted(one["steps"] for one in used)
+        out.print(
+            f"slices of {steps[len(steps) // 2]} steps (median), {steps[-1]} at most, of {used[0]['recorded_steps']} "
+            f"recorded; {calls} calls"
+        )
     children = sorted({str(one.verdict.replay["run"]) for one in done if one.verdict.replay.get("run")})
     out.print("recorded as " + ", ".join(children), soft_wrap=True)
+
+
+def _slice(used: Mapping[str, int]) -> str:
+    """Say how much of the schedule one replay took."""
+    said = f"slice: {used['steps']} of {used['recorded_steps']} recorded steps; {used['own_calls']} calls of its own"
+    if used["prefix_calls"]:
+        said += f", {used['prefix_calls']} for shared prefix blocks"
+    if used["past_calls"]:
+        said += f", {used['past_calls']} past the recording"
+    return said
 
 
 def _brief(value: Any) -> str:

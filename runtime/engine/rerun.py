@@ -28,7 +28,7 @@ class SliceUse(msgspec.Struct, frozen=True):
     past_calls: int
     """Calls run past the recorded rows, after the replay had left the recording."""
     recorded_calls: int
-    """Calls of the whole schedule, for comparison."""
+    """Calls of the schedule that the player was given, for comparison."""
 
 
 class Rerun:

@@ -103,7 +103,7 @@ class Schedule:
         found = [life for life in self._lives.get(index, []) if life.step <= hit.step]
         if not found:
             raise _missing(f"the admission of sequence {index} was not recorded", {"sequence": index})
-        self._check(found[-1], len(found[-1].hits) * self._block_size)
+        self._check(found[-1], len(found[-1].hits) * self._block_size, last_step=hit.step)
         return found[-1]
 
     def needs(self, life: Life, *, own: int) -> dict[tuple[int, int], tuple[Life, int]]:
@@ -124,9 +124,14 @@ class Schedule:
                         work.append((source, block + 1))
         return needed
 
-    def _check(self, life: Life, start: int) -> None:
-        """Refuse a life whose rows do not follow one another: a step between them was lost."""
+    def _check(self, life: Life, start: int, *, last_step: int | None = None) -> None:
+        """Refuse a life whose rows do not follow one another: a step between them was lost.
+
+        last_step: what came after it is not needed, and need not be here.
+        """
         for placed in life.rows:
+            if last_step is not None and placed.step > last_step:
+                return
             if placed.row.start != start:
                 raise _missing(
                     f"a step before step {placed.step} is missing: sequence {life.sequence} jumps from token {start} "

@@ -109,6 +109,17 @@ class Ledger:
             ).fetchall()
         return [decode(bytes(body)) for (body,) in found]
 
+    def events_of(self, run_id: str, request_refs: Sequence[str]) -> list[TraceEvent]:
+        """Return the drained events of some requests of a run, and those of no request but engine steps, in order."""
+        with self.reading() as connection:
+            parameters = {"run_id": run_id, "request_refs": list(request_refs)}
+            found = connection.execute(queries.RUN_EVENTS_OF, parameters).fetchall()
+        return [decode(bytes(body)) for (body,) in found]
+
+    def step_count(self, run_id: str) -> int:
+        """Return how many engine steps of a run are recorded."""
+        return int(self.rows(queries.STEP_COUNT, {"run_id": run_id})[0]["steps"])
+
     def steps(self, run_id: str, engine_id: str, *, first: int, last: int) -> list[TraceEvent]:
         """Return the drained `engine.step` events of one engine from step `first` to `last`, ascending."""
         parameters = {"run_id": run_id, "engine_id": engine_id, "first": first, "last": last}

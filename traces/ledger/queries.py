@@ -29,6 +29,16 @@ WHERE ($run_id IS NULL OR run_id = $run_id)
 ORDER BY seq
 """
 
+# A run without the steps of its engines and without the events of other requests.
+RUN_EVENTS_OF = """
+SELECT body FROM event
+WHERE run_id = $run_id
+  AND (list_contains($request_refs::VARCHAR[], request_ref) OR (request_ref IS NULL AND event_type <> 'engine.step'))
+ORDER BY seq
+"""
+
+STEP_COUNT = "SELECT count(*) AS steps FROM event WHERE run_id = $run_id AND event_type = 'engine.step'"
+
 # What one request's replay needs of the engine: its steps from and to, not those of the whole run.
 STEP_EVENTS = """
 SELECT body FROM event
