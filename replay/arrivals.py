@@ -23,6 +23,8 @@ LEFT = ("cancelled", "deadline", "error")
 """Ends that come from outside and not from the model's tokens."""
 MANY = 1_000_000
 """More tokens than any sequence has."""
+LONG = 4_096
+"""Tokens that a sequence might have had which left before its end."""
 
 
 @dataclass(kw_only=True)
@@ -102,7 +104,10 @@ def load_history(ledger: Ledger, run_id: str, engine_id: str, *, own: str | None
         step = None if index in given_up else left.get(index)  # who was given up for want of blocks will be again
         history.arrivals.append(_arrival(lines[index], texts[index], history.ticks, step))
         prompt = lines[index].prompt_tokens
-        history.outputs[index] = tuple(texts[index][prompt : prompt + max(1, lines[index].output_tokens)])
+        output = texts[index][prompt : prompt + max(1, lines[index].output_tokens)]
+        if history.arrivals[-1].leaves is not None:  # it would have gone on
+            output += range(-(index + 1) * MANY, LONG - (index + 1) * MANY)
+        history.outputs[index] = tuple(output)
     return history
 
 
