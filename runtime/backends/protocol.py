@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,6 +126,34 @@ class StepOutput:
     new_k: Any
     """The backend's own array [layers,B,T,kv width], to be handed to `KVPool.write` only."""
     new_v: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileEvent:
+    """One shape that a loaded package compiled at its first use."""
+
+    shape: str
+    cache_key: str
+    duration_us: int
+    evicted: str | None = None
+    """The shape that was dropped for it, where the number of shapes is bounded."""
+
+    def document(self) -> dict[str, Any]:
+        """Describe the event without its duration."""
+        return {"shape": self.shape, "cache_key": self.cache_key, "evicted": self.evicted}
+
+
+@runtime_checkable
+class Specializing(Protocol):
+    """An executor that may compile while it runs; one that cannot has no such method."""
+
+    def compile_events(self) -> tuple[CompileEvent, ...]:
+        """Give every compile since the load, in order."""
+        ...
+
+    def compiles_lazily(self) -> bool:
+        """Say whether the package was prepared to compile shapes at first use."""
+        ...
 
 
 class KVPool(Protocol):

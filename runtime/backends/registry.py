@@ -251,7 +251,40 @@ IREE = InstalledBackend(
     can_abort=True,
     extra="iree",
 )
-BACKENDS: tuple[InstalledBackend, ...] = (EAGER, ONNXRUNTIME, INDUCTOR, IREE)
+XLA = InstalledBackend(
+    name="xla",
+    abilities=abilities(
+        float32=YES,
+        bfloat16=YES,
+        int8=_not_ours("StableHLO has integer products; the bridge takes no quantized operators yet"),
+        dynamic_shapes=_never("XLA's CPU compiler makes one executable a shape; calls run in declared buckets"),
+        threads=YES,
+        optimization_levels=YES,
+        reproducible_build=YES,
+        reproducible_steps=YES,
+        batch_invariant=_not_ours(
+            "kernels are chosen a bucket; a plan of one bucket a kind has yet to be offered as one"
+        ),
+        own_process=_not_ours("compiling runs in a child; steps run in the engine's process"),
+        one_shot_models=_not_ours("only the functional step is loaded"),
+    ),
+    libraries=("jax", "jaxlib", "torch"),
+    runtime_libraries=("jax", "jaxlib"),
+    lowering="runtime.backends.xla_lowering:XlaLowering",
+    loader="runtime.backends.xla:load_xla",
+    levels=("default", "o0", "o1", "o2", "o3"),
+    flags={
+        "specialization": ("ahead", "lazy"),
+        "max_specializations": ("1", "2", "4", "8", "16", "32", "64"),
+        "compile_concurrency": ("1", "2", "4"),
+        "on_limit": ("refuse", "evict"),
+        "fast_math": ("false", "true"),
+        "disabled_passes": ("none", "algsimp", "fusion", "algsimp,fusion"),
+    },
+    buckets="needed",
+    extra="xla",
+)
+BACKENDS: tuple[InstalledBackend, ...] = (EAGER, ONNXRUNTIME, INDUCTOR, IREE, XLA)
 
 
 def backend_named(name: str) -> Backend:

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("model", metavar="MODEL", type=Path, help="folder of a Llama, Qwen2 or Qwen3 checkpoint")
     parser.add_argument(
-        "--backend", default="onnxruntime", help="eager, onnxruntime or inductor (default: %(default)s)"
+        "--backend", default="onnxruntime", help="eager, onnxruntime, inductor or xla (default: %(default)s)"
     )
     parser.add_argument("--precision", default="float32", help="float32 or bfloat16 (default: %(default)s)")
     parser.add_argument("--norm", default="fused", help="fused or unfused RMS norm (default: %(default)s)")

@@ -154,8 +154,15 @@ def run(received: Packaged, *, store: PackageStore) -> StageOutcome[Loaded]:
         "load_us": spent,
         "resident_memory_bytes": resident if resident > 0 else unknown("it fits into memory that the process had"),
         "device_allocation_bytes": unknown("the CPU has no memory of its own beside the resident memory"),
-        "cache_capacity": {"bytes_per_slot": probe_pool.nbytes, "slots": "chosen by the scheduler"},
+        "cache_capacity": _cache_capacity(probe_pool.nbytes, received.source.options.buckets),
         "instance_count": 1,
         "readiness_state": "loaded",
     }
     return StageOutcome(Loaded(received, model), record)
+
+
+def _cache_capacity(allocated: int, plan: BucketPlan | None) -> dict[str, Any]:
+    """Say what a slot costs and how many there may be: fixed shapes always allocate the plan's whole pool."""
+    if plan is None:
+        return {"bytes_per_slot": allocated, "slots": "chosen by the scheduler"}
+    return {"bytes_per_slot": allocated // plan.pool, "slots": plan.pool}

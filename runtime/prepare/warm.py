@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from runtime.backends.fixture import Comparison, FixtureOutput, compare, fixture_tokens, run_fixture
-from runtime.backends.protocol import Executor
+from runtime.backends.protocol import CompileEvent, Executor, Specializing
 from runtime.prepare.errors import WarmupRefused
 from runtime.prepare.invariance import AXES, probe_invariance
 from runtime.prepare.kernels import varying_kernels
@@ -48,7 +48,7 @@ class Warmed:
 def run(received: Loaded, *, store: PackageStore) -> StageOutcome[Warmed]:
     """Validate against the fixtures, measure, probe, decide readiness and keep the baseline."""
     model = received.model
-    compiled_before = compilations()
+    compiled_before, lazily = compilations(), compile_events(model.executor)
     start = time.perf_counter_ns()
     output, comparison = validate(model, store)
     first_us = (time.perf_counter_ns() - start) // 1000
@@ -56,8 +56,9 @@ def run(received: Loaded, *, store: PackageStore) -> StageOutcome[Warmed]:
     invariance = probe_invariance(model.executor)
     kernels = varying_kernels(model.compiler, received.packaged.manifest.stages[5].record["kernel_inventory"])
     check_invariance(model, invariance, kernels)
+    events = compile_events(model.executor)[len(lazily) :]
     compiled = compilations() - compiled_before
-    warmed = Warmed(model, output.digests(), invariance, ready=compiled == 0)
+    warmed = Warmed(model, output.digests(), invariance, ready=compiled == (len(events) if lazy(model) else 0))
     if not warmed.ready:
         raise WarmupRefused(
             f"{compiled} graphs were compiled while warming: the package is not ahead-of-time code",
@@ -69,7 +70,11 @@ def run(received: Loaded, *, store: PackageStore) -> StageOutcome[Warmed]:
         "warmup_count": len(output.names) + len(latency["steady_us"]) * (RUNS + 1),
         "first_run_us": {"fixture_session": first_us, **latency["first_us"]},
         "steady_state_us": latency["steady_us"],
-        "compilation_cache_events": {"compilations": compiled},
+        "compilation_cache_events": {
+            "compilations": compiled,
+            "ready_state": "compiles a shape at its first use" if lazy(model) else "compiles nothing",
+            "specializations": [event.document() for event in events],
+        },
         "output_comparison": comparison.document(),
         "readiness_decision": {"ready": True, "invariance": invariance, "varying_kernels": kernels},
     }
@@ -144,6 +149,18 @@ def measure_latency(executor: Executor) -> dict[str, dict[str, int]]:
 
 
 def compilations() -> int:
-    """Count the graphs that torch compiled in this process; 0 where its compiler was never imported."""
+    """Count what torch and XLA compiled in this process; 0 where neither compiler was ever imported."""
     utilities = sys.modules.get("torch._dynamo.utils")
-    return len(utilities.get_compilation_metrics()) if utilities is not None else 0
+    graphs = len(utilities.get_compilation_metrics()) if utilities is not None else 0
+    platform = sys.modules.get("runtime.backends.xla_platform")
+    return graphs + (platform.compile_counter().count if platform is not None else 0)
+
+
+def compile_events(executor: Executor) -> tuple[CompileEvent, ...]:
+    """Give what a package compiled since its load; nothing where it cannot compile."""
+    return executor.compile_events() if isinstance(executor, Specializing) else ()
+
+
+def lazy(model: LoadedModel) -> bool:
+    """Say whether the package was prepared to compile shapes at their first use."""
+    return isinstance(model.executor, Specializing) and model.executor.compiles_lazily()

@@ -96,6 +96,12 @@ def other_threads(monkeypatch: pytest.MonkeyPatch, _: str, __: Path) -> None:
     monkeypatch.setattr(load, "load_package", lambda store, digest, threads: original(store, digest, threads=2))
 
 
+def other_threads_unseen(monkeypatch: pytest.MonkeyPatch, backend: str, folder: Path) -> None:
+    """Load with two compute threads in a process whose pool has one and cannot be counted."""
+    monkeypatch.setattr("runtime.backends.xla_platform.pool_threads", lambda: None)
+    other_threads(monkeypatch, backend, folder)
+
+
 def last_bit(monkeypatch: pytest.MonkeyPatch, _: str, __: Path) -> None:
     """Answer with the next larger number in one logit of the warm-up."""
     original = warm.run_fixture
@@ -155,9 +161,15 @@ OWN: Mapping[str, Mapping[str, Plant]] = {
         ),
         "a06": Plant("narrower vectors", ("compiler.flags.simdlen=256",)),
     },
+    "xla": {
+        "a04": Plant("no fusion", ("compiler.flags.disabled_passes=fusion",)),
+        "a06": Plant("a lower level of code generation", ("compiler.optimization_level=o1",)),
+        "a08": Plant("two threads at load, where the system does not show them", patch=other_threads_unseen),
+    },
 }
 DOES_NOT_APPLY: Mapping[tuple[str, str], str] = {
     ("eager", "a05"): "one owner runs everything; there is nothing to assign",
+    ("xla", "a05"): "a library's fusions are marked by the passes of stage 4: whatever assigns otherwise enters there",
 }
 
 

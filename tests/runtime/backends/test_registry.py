@@ -47,6 +47,8 @@ def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
         ("eager", BuildOptions(flags={"freezing": "true"}), "freezing"),
         ("eager", BuildOptions(norm="layer"), "layer"),
         ("inductor", BuildOptions(threads=0), "threads"),
+        ("xla", BuildOptions(flags={"specialization": "never"}), "specialization"),
+        ("xla", BuildOptions(precision="int8"), "int8"),
         ("eager", BuildOptions(providers=("CPUExecutionProvider",)), "providers"),
         ("iree", BuildOptions(precision="bfloat16"), "bfloat16"),
         ("iree", BuildOptions(flags={"target_cpu": "pentium9000"}), "target_cpu"),

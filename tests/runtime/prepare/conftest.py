@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from runtime.backends.buckets import BucketPlan
 from runtime.backends.contract import Bounds
 from runtime.backends.protocol import BuildOptions
 from runtime.models.random_checkpoint import random_checkpoint
@@ -16,6 +17,8 @@ from runtime.prepare.pipeline import PreparedPackage, prepare
 from runtime.prepare.store import PackageStore
 
 BOUNDS = Bounds(max_batch=16, max_tokens=64, max_context=128)
+BUCKETS = {"xla": BucketPlan(decode=(1, 16), tokens=(64,), context=(128,), pool=600)}
+"""Few, since each costs seconds; their reach is the whole of the bounds."""
 
 
 class ListRecorder:
@@ -62,7 +65,7 @@ def prepared(
         key = (backend, precision)
         if key not in made:
             recorder = recorders.setdefault(f"{backend}-{precision}", ListRecorder())
-            options = BuildOptions(precision=precision, bounds=BOUNDS)
+            options = BuildOptions(precision=precision, bounds=BOUNDS, buckets=BUCKETS.get(backend))
             made[key] = prepare(model_folder, backend=backend, store=store, recorder=recorder, options=options)
         return made[key]
 

@@ -23,7 +23,7 @@ from runtime.prepare.pipeline import PreparedPackage, prepare
 from runtime.prepare.stage import MEASURED
 from runtime.prepare.store import PackageStore
 from runtime.prepare.warm import validate
-from tests.runtime.prepare.conftest import BOUNDS, ListRecorder
+from tests.runtime.prepare.conftest import BOUNDS, BUCKETS, ListRecorder
 from traces.failures import ClassifiedError, FailureClass
 from traces.stages import PREPARATION_STAGES
 
@@ -34,6 +34,7 @@ ALL = [
     ("onnxruntime", "float32"),
     ("inductor", "float32"),
     ("iree", "float32"),
+    ("xla", "float32"),
 ]
 SHAPES = [(1, 1, 1), (1, 7, 3), (2, 1, 9), (5, 3, 31), (16, 1, 64), (1, 64, 1), (3, 2, 128)]
 
@@ -135,12 +136,12 @@ def test_broken_inputs_give_the_same_refusal_on_every_backend(
     executor.step(*good, pool)
 
 
-@pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("backend", ["eager", "onnxruntime", "xla"])
 def test_preparing_again_elsewhere_gives_the_same_package(
     prepared: Prepared, model_folder: Path, tmp_path: Path, backend: str
 ) -> None:
     first = prepared(backend, "float32")
-    options = BuildOptions(bounds=BOUNDS)
+    options = BuildOptions(bounds=BOUNDS, buckets=BUCKETS.get(backend))
     second = prepare(model_folder, backend=backend, store=PackageStore(tmp_path), options=options)
     assert second.digest == first.digest
     assert second.preparation.first_difference(first.preparation) is None
