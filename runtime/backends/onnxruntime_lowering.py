@@ -21,6 +21,7 @@ from runtime.backends.contract import InputContract
 from runtime.backends.errors import BackendRefused, BuildFailed
 from runtime.backends.fixture import compare_with_reference, run_fixture
 from runtime.backends.lowering import ExportedLowering, target, unknown
+from runtime.backends.onnx_transfers import copy_estimate, sized_edges
 from runtime.backends.onnxruntime import MODEL, PROVIDERS, SETTINGS, OrtExecutor, open_session, session_options
 from runtime.backends.onnxruntime_passes import DISABLED, Rewriting
 from runtime.backends.protocol import Boundary, LoadSpec
@@ -173,14 +174,15 @@ class OrtLowering(ExportedLowering):
             for node in group.get_nodes():
                 owners[node.name] = group.ep_name
                 counts[group.ep_name] += 1
-        edges = onnx_graph.crossing_edges(onnx.load(str(self._optimized)), owners)
+        optimized = onnx.load(str(self._optimized))
+        edges = sized_edges(optimized, onnx_graph.crossing_edges(optimized, owners))
         fallback = sum(count for name, count in counts.items() if name != self.providers[0])
         record = {
             "partition_map": {name: {"nodes": count} for name, count in sorted(counts.items())},
             "fallback_node_count": fallback,
             "transfer_edges": edges,
             "provider_versions": {name: _provider_version(name) for name in self.providers},
-            "estimated_copy_bytes": 0 if not edges else unknown("sizes of crossing tensors are symbolic"),
+            "estimated_copy_bytes": copy_estimate(edges),
         }
         return Boundary({"partition": dict(sorted(counts.items())), "providers": list(self.providers)}, record)
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 from manifests.preparation import PreparationManifest
 from runtime.prepare.manifest import PackageManifest
 from runtime.prepare.store import PackageStore
+from traces.stages import Stage
 
 
 def compare_packages(store: PackageStore, left: str, right: str) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def compare_packages(store: PackageStore, left: str, right: str) -> dict[str, An
         "equal": left == right,
         "left": left,
         "right": right,
-        "first_stage": first_stage(one, two),
+        "first_stage": _first_of_nine(store, left, right) or first_stage(one, two),
         "differences": differences,
     }
 
@@ -41,6 +42,13 @@ def compare_rebuild(
     pairs = zip(stages, rebuilt.stages, strict=False)
     first = next((f"{a.stage} {a.name}" for a, b in pairs if a.output_digest != b.output_digest), None)
     return {"package": package, "equal": first is None, "first_stage": first, "stages_compared": len(stages)}
+
+
+def _first_of_nine(store: PackageStore, left: str, right: str) -> str | None:
+    """Name the first of nine stages that differs, where both preparations are known here."""
+    ours, theirs = store.preparation(left), store.preparation(right)
+    first = ours.first_difference(theirs) if ours is not None and theirs is not None else None
+    return None if first is None else f"{first} {Stage(first).word}"
 
 
 def first_stage(one: PackageManifest, two: PackageManifest) -> str | None:

@@ -142,6 +142,8 @@ def _print(action: str, document: dict[str, Any]) -> None:
 def _text(column: str, value: Any) -> str:
     if value is None:
         return ""
+    if column == "bytes":
+        return f"{value / 1e6:.1f} MB"
     if column == "package":
         return str(value)[:19]
     return ", ".join(value) if isinstance(value, list) else str(value)

@@ -57,3 +57,25 @@ def test_tensors_between_owners_are_crossings() -> None:
         {"tensor": "sum", "from": "one", "to": "two"}
     ]
     assert onnx_graph.crossing_edges(model, {"add": "one", "neg": "one"}) == []
+
+
+def test_crossing_tensors_are_sized_at_stated_sizes_or_unknown_with_a_reason() -> None:
+    from runtime.backends.onnx_transfers import STATED, copy_estimate, sized_edges
+
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    nodes = [
+        helper.make_node("Add", ["x", "x"], ["y"], name="add"),
+        helper.make_node("Neg", ["y"], ["z"], name="neg"),
+        helper.make_node("Strange", ["z"], ["w"], name="strange", domain="nowhere"),
+        helper.make_node("Neg", ["w"], ["v"], name="last"),
+    ]
+    x = helper.make_tensor_value_info("x", kind, ["B", "2*T + 1", 16])
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [helper.make_tensor_value_info("v", kind, None)]))
+    model.opset_import.append(helper.make_opsetid("nowhere", 1))
+    owners = {"add": "one", "neg": "two", "strange": "two", "last": "one"}
+    (known, lost) = sized_edges(model, onnx_graph.crossing_edges(model, owners))
+    assert known["bytes"] == 4 * STATED["B"] * (2 * STATED["T"] + 1) * 16
+    assert "no shape" in lost["bytes"]["unknown"]
+    assert copy_estimate([known]) == {"bytes": known["bytes"], "at": STATED}
+    assert "1 of 2" in copy_estimate([known, lost])["unknown"]  # type: ignore[index]
+    assert copy_estimate([]) == 0
