@@ -97,6 +97,18 @@ def own_steps(results: Sequence[dict[str, Any]]) -> frozenset[int]:
     return frozenset(int(step) for result in results for step in result.get("steps", ()))
 
 
+def engine_time(results: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Return owner to microseconds over all generations; empty unless every one of them was accounted for."""
+    accounts = [result.get("latency") for result in results]
+    if not accounts or not all(isinstance(one, dict) for one in accounts):
+        return {}
+    total: dict[str, int] = {}
+    for account in cast("list[dict[str, int]]", accounts):
+        for name, us in account.items():
+            total[name.removesuffix("_us")] = total.get(name.removesuffix("_us"), 0) + us
+    return total
+
+
 def first_difference(left: Sequence[TokenRow], right: Sequence[TokenRow]) -> tuple[int | None, int | None]:
     """Return the first token whose logits bits differ, and the first that is another token; None for no difference.
 

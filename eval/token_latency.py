@@ -17,6 +17,13 @@ class TokenLatency:
     """End to end: to the last token."""
     gaps_us: tuple[int, ...]
     """ITL: between neighbouring tokens."""
+    lag_us: int | None = None
+    """From scheduled arrival until the client really sent it; None where that was not noted."""
+
+    @property
+    def first_from_send_us(self) -> int | None:
+        """TTFT as the clients of vLLM and SGLang count it: from sending; None where sending was not noted."""
+        return None if self.lag_us is None else self.first_us - self.lag_us
 
     @property
     def per_token_us(self) -> float | None:
@@ -24,19 +31,38 @@ class TokenLatency:
         return sum(self.gaps_us) / len(self.gaps_us) if self.gaps_us else None
 
 
-def token_latency(scheduled_us: int, emitted_us: Sequence[int]) -> TokenLatency | None:
+def token_latency(scheduled_us: int, emitted_us: Sequence[int], *, sent_us: int | None = None) -> TokenLatency | None:
     """Measure a generation from the times at which its tokens were emitted; None where there were none.
+
+    sent_us: when the client sent it, which may be later than scheduled and then counts against the server all the same.
 
     Raises:
         ValueError: times that run backwards.
     """
     if not emitted_us:
         return None
-    times = (scheduled_us, *emitted_us)
+    times = (scheduled_us, *(() if sent_us is None else (sent_us,)), *emitted_us)
     if any(later < earlier for earlier, later in pairwise(times)):
         raise ValueError("tokens were emitted before the arrival or before each other; are these times of one clock?")
     gaps = tuple(later - earlier for earlier, later in pairwise(emitted_us))
-    return TokenLatency(emitted_us[0] - scheduled_us, emitted_us[-1] - scheduled_us, gaps)
+    lag = None if sent_us is None else sent_us - scheduled_us
+    return TokenLatency(emitted_us[0] - scheduled_us, emitted_us[-1] - scheduled_us, gaps, lag)
+
+
+def chunk_gaps(chunks: Sequence[tuple[int, int]]) -> tuple[float, ...]:
+    """Return the ITL of a stream whose chunks carry several tokens: each gap divided by the tokens that ended it.
+
+    Args:
+        chunks: when each chunk came, and how many tokens it carried; the first one ends no gap.
+
+    Raises:
+        ValueError: a chunk without tokens, or times that run backwards.
+    """
+    if any(count < 1 for _, count in chunks):
+        raise ValueError("a chunk without tokens ends no gap between tokens")
+    if any(later[0] < earlier[0] for earlier, later in pairwise(chunks)):
+        raise ValueError("a chunk came before the one before it; are these times of one clock?")
+    return tuple((later - earlier) / count for (earlier, _), (later, count) in pairwise(chunks))
 
 
 @dataclass(frozen=True)
@@ -63,3 +89,15 @@ def attainment(latencies: Iterable[TokenLatency | None], objective: Objective) -
     """Count good requests and all sent ones; a request that failed (None) was sent, and is not good."""
     kept = [objective.met_by(latency) for latency in latencies]
     return sum(kept), len(kept)
+
+
+def goodput(latencies: Iterable[TokenLatency | None], objective: Objective, *, duration_us: int) -> float | None:
+    """Return good requests per second (vLLM's goodput); None over no time, which has no rate.
+
+    Raises:
+        ValueError: a negative duration.
+    """
+    if duration_us < 0:
+        raise ValueError(f"{duration_us} us is no duration")
+    good, _ = attainment(latencies, objective)
+    return good * 1_000_000 / duration_us if duration_us else None

@@ -240,6 +240,7 @@ def _print(summary: dict[str, Any], workload: Workload, recording: Recording) ->
         "tokens": f"{summary['prompt_tokens']} in ({summary['cached_tokens']} cached), {summary['output_tokens']} out",
         "engine": f"{summary['generations']} generations, {summary['engine_steps']} steps, "
         f"largest batch {summary['largest_batch']}",
+        "time in the engine": _shares(summary["engine_time_us"]),
         "events dropped": str(summary["events_dropped"]),
     }
     for name, value in rows.items():
@@ -251,6 +252,15 @@ def _print(summary: dict[str, Any], workload: Workload, recording: Recording) ->
     console.print(
         f"\nrun {summary['run']}\n  replay list {summary['run']}\n  replay run {summary['run']}", soft_wrap=True
     )
+
+
+def _shares(parts: dict[str, int] | None) -> str:
+    """Say who had the generations' time in the engine, greatest first."""
+    total = 0 if parts is None else sum(parts.values())
+    if parts is None or not total:
+        return "-"
+    ordered = sorted(parts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {us * 100 / total:.0f}%" for name, us in ordered if us)
 
 
 def _count(text: str) -> int:

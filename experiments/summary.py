@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from eval.engine_time import add_up, engine_time
 from experiments.recording import Recording
 
 if TYPE_CHECKING:
@@ -47,10 +49,17 @@ def summarize(recording: Recording, events: Sequence[TraceEvent]) -> dict[str, A
         "cached_tokens": sum(event.kv_hit_tokens or 0 for event in ends),
         "output_tokens": sum(event.output_tokens or 0 for event in ends),
         "generations": len(ends),
+        "engine_time_us": _engine_time(ends),
         "engine_steps": len(steps),
         "largest_batch": max((event.batch_size or 0 for event in steps), default=None),
         "events_dropped": recording.dropped,
     }
+
+
+def _engine_time(ends: Sequence[TraceEvent]) -> dict[str, int] | None:
+    """Return owner to microseconds over all generations that were measured; None where none was."""
+    total, _ = add_up(engine_time(event.payload.get("latency"), total_us=event.duration_us) for event in ends)
+    return None if total is None else {name.removesuffix("_us"): us for name, us in asdict(total).items()}
 
 
 def quantiles(values: Sequence[int]) -> dict[str, int | None]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from eval.latency import Decomposition, decompose
-from replay.generations import RecordedSequence, load_sequences
+from replay.generations import RecordedSequence, load_plans, load_sequences
 from replay.preparation_comparison import portray_package
 from replay.records import RecordedRequest, span_records, stage_records
 from traces.failures import EvidenceError
 from traces.stages import Stage
 
 if TYPE_CHECKING:
+    from runtime.engine.plan import StepPlan
     from traces.envelope import TraceEvent
     from traces.ledger.ledger import Ledger
 
@@ -38,7 +41,7 @@ def portrait(ledger: Ledger, request: RecordedRequest) -> dict[str, Any]:
         "pins": None if request.pins is None else request.pins.to_documents(),
         "manifest": request.manifest_digest,
         "preparation": portray_package(ledger, None if request.pins is None else request.pins.artifact.package_digest),
-        "generations": [_generation(sequence) for sequence in load_sequences(ledger, request.events)],
+        "generations": _generations(ledger, request),
         "effects": _effects(request.events),
         "verdict": _verdict(request, read),
     }
@@ -82,6 +85,33 @@ def critical_by_stage(request: RecordedRequest) -> dict[str, int]:
     return {words.get(name, name): us for name, us in decompose(spans).by_stage().items()}
 
 
+def _generations(ledger: Ledger, request: RecordedRequest) -> list[dict[str, Any]]:
+    sequences = load_sequences(ledger, request.events)
+    read_cached = any(one.result is not None and one.result.cached_tokens for one in sequences)
+    steps = ledger.events(run_id=request.run_id, event_type="engine.step") if read_cached else []
+    plans = load_plans(steps)
+    return [
+        _generation(sequence) | {"cached_from": cached_from(plans.get(sequence.engine_id, ()), sequence.index)}
+        for sequence in sequences
+    ]
+
+
+def cached_from(plans: Iterable[StepPlan], index: int) -> list[dict[str, Any]]:
+    """Return the blocks that a sequence read from the cache when it first ran, and the steps that computed them.
+
+    `own` says whether it had computed the block itself; None where that step was not recorded.
+    """
+    by_step = {plan.step: plan for plan in plans}
+    admissions = (one for plan in by_step.values() for one in plan.admissions if one.sequence == index)
+    first = next(admissions, None)
+    found: list[dict[str, Any]] = []
+    for hit in () if first is None else first.hits:
+        plan = by_step.get(hit.step)
+        own = None if plan is None else plan.calls[hit.call].sequences[hit.row] == index
+        found.append({"block": hit.block, "step": hit.step, "own": own})
+    return found
+
+
 def _generation(sequence: RecordedSequence) -> dict[str, Any]:
     result, request = sequence.result, sequence.request
     records = () if result is None else result.records
@@ -101,6 +131,7 @@ def _generation(sequence: RecordedSequence) -> dict[str, Any]:
         "steps": 0 if result is None else len(result.steps),
         "first_step": result.steps[0] if result is not None and result.steps else None,
         "preemptions": 0 if result is None else result.preemptions,
+        "latency": None if result is None or result.latency is None else msgspec.structs.asdict(result.latency),
         "smallest_margin": smallest,
         "smallest_margin_at": next((at for at, one in enumerate(records) if margins and one.margin == smallest), None),
         "tokens": [] if result is None else list(result.tokens),

@@ -12,7 +12,7 @@ from dashboards import ledger, places
 from dashboards.charts import batch_occupancy, token_margins, waterfall
 from dashboards.chooser import choose_request
 from dashboards.conversation import conversation, show_conversation
-from dashboards.engine_view import generations, own_steps, step_rows, token_rows
+from dashboards.engine_view import engine_time, generations, own_steps, step_rows, token_rows
 from dashboards.evidence_view import decisions_table, effects_table, evidence_list, tools_table
 from dashboards.parts import (
     badge,
@@ -253,6 +253,10 @@ def _engine(path: Path, story: RequestStory, read: Callable[[str], bytes]) -> No
             ("preemptions", _number(sum(int(one.get("preemptions", 0)) for one in results)), None),
         ]
     )
+    parts = engine_time(results)
+    if parts:
+        section("Who had the time in the engine", lead="Adds up to submission until end, over all generations.")
+        facts([(name, duration(us), None) for name, us in parts.items()])
 
 
 def _around(rows: Sequence[StepRow]) -> Sequence[StepRow]:

@@ -61,6 +61,7 @@ def show(ledger: Ledger, target: Target, *, as_json: bool, brief: bool = False) 
     if brief:
         return 0
     _print_generations(out, seen)
+    _print_engine_time(out, seen)
     _print_tools(out, seen)
     _print_pins(out, seen)
     _print_preparation(out, seen)
@@ -147,6 +148,29 @@ def _print_generations(out: Console, seen: dict[str, Any]) -> None:
         "least margin",
     )
     screen.print_table(out, columns, rows)
+
+
+def _print_engine_time(out: Console, seen: dict[str, Any]) -> None:
+    """Print who had each generation's time in the engine, and which steps computed what it read from the cache."""
+    known = [(place + 1, one) for place, one in enumerate(seen["generations"]) if one["latency"] is not None]
+    if known:
+        out.print("\n[bold]time in the engine[/bold]  (adds up to submission until end)")
+        parts = list(known[0][1]["latency"])
+        columns = ("no.", *(name.removesuffix("_us") for name in parts), "all")
+        rows = [
+            (
+                place,
+                *(screen.duration(one["latency"][name]) for name in parts),
+                screen.duration(sum(one["latency"].values())),
+            )
+            for place, one in known
+        ]
+        screen.print_table(out, columns, rows)
+    for place, one in enumerate(seen["generations"], 1):
+        if one["cached_from"]:
+            blocks = one["cached_from"]
+            steps = ", ".join(str(step) for step in sorted({block["step"] for block in blocks}))
+            out.print(f"no. {place} read {len(blocks)} cache blocks that steps {steps} computed", soft_wrap=True)
 
 
 def _print_tools(out: Console, seen: dict[str, Any]) -> None:

@@ -208,6 +208,7 @@ class Rerun:
             preemptions=self._lives - 1,
             error=recorded.error if broken_off and recorded is not None else None,
             cancel_origin=recorded.cancel_origin if broken_off and recorded is not None else None,
+            error_type=recorded.error_type if broken_off and recorded is not None else None,
         )
 
     def used(self, recorded_calls: int) -> SliceUse:

@@ -17,7 +17,7 @@ from manifests.run import Pins
 from runtime.effects import read_clock
 from runtime.engine.flow import MeteredReceiver
 from runtime.engine.generation import GenerationRequest, GenerationResult, OnToken, Sampling, TokenRecord
-from runtime.errors import DeadlineExceeded, ProviderFailed, RequestCancelled
+from runtime.errors import CapacityRefused, DeadlineExceeded, ProviderFailed, RequestCancelled
 from runtime.serve.boundary import Accepted
 from runtime.serve.routing import RouteDecision, check_fit
 from runtime.serve.services import Services
@@ -179,6 +179,13 @@ def raise_for(accepted: Accepted, result: GenerationResult, when: str) -> None:
         raise _late(accepted, when, evidence)
     if result.finish_reason == "cancelled":
         raise RequestCancelled(f"The request was cancelled {when}.", reason="cancelled", evidence=evidence)
+    if result.finish_reason == "error" and result.error == FailureClass.CAPACITY_ADMISSION:
+        raise CapacityRefused(
+            f"The engine gave the request up {when}.",
+            reason=result.error_type or "given_up",
+            evidence={"deadline_us": accepted.deadline_us, "reservation_failure": result.error_type},
+            fix="See the engine's events of this request.",
+        )
     if result.finish_reason == "error":
         raise ProviderFailed(
             f"The model failed {when}.",

@@ -10,7 +10,7 @@ import pytest
 
 from dashboards import ledger as pages_ledger
 from dashboards.conversation import conversation
-from dashboards.engine_view import engines, first_difference, generations, own_steps, step_rows, token_rows
+from dashboards.engine_view import engine_time, engines, first_difference, generations, own_steps, step_rows, token_rows
 from dashboards.story import RequestStory, span_rows, tell
 from tests.dashboards.made_up import RUN, request_ref, write_ledger
 from traces.ledger.ledger import Ledger
@@ -104,3 +104,10 @@ def test_question_and_answer_are_read_in_words(ledger: Ledger) -> None:
 def test_reading_makes_no_ledger(tmp_path: Path) -> None:
     assert not pages_ledger.exists(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
+
+
+def test_engine_time_is_added_up_or_left_out() -> None:
+    """Over all generations; one that was not measured leaves the whole unknown, not smaller."""
+    measured = {"latency": {"queue_us": 3, "decode_us": 4}}
+    assert engine_time([measured, measured]) == {"queue": 6, "decode": 8}
+    assert engine_time([measured, {"latency": None}]) == engine_time([]) == {}

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from eval.latency import UNCOVERED, compare_stages, decompose
 from eval.records import SpanRecord
-from eval.token_latency import Objective, TokenLatency, attainment, token_latency
+from eval.token_latency import Objective, TokenLatency, attainment, chunk_gaps, goodput, token_latency
 from tests.strategies import span_sets
 
 SPECIFICATION = (
@@ -145,3 +145,30 @@ def test_attainment_counts_all_sent_requests() -> None:
     assert attainment([fast, slow, None], objective) == (1, 3)
     assert attainment([], objective) == (0, 0)
     assert Objective().met_by(slow)
+
+
+def test_goodput_is_good_requests_a_second_and_no_time_has_none() -> None:
+    fast, slow = token_latency(0, [10, 20]), token_latency(0, [10, 200])
+    objective = Objective(per_token_us=50.0)
+    assert goodput([fast, slow, None, fast], objective, duration_us=500_000) == 4.0
+    assert goodput([None], objective, duration_us=1) == 0.0
+    assert goodput([fast], objective, duration_us=0) is None
+    with pytest.raises(ValueError, match="no duration"):
+        goodput([fast], objective, duration_us=-1)
+
+
+def test_a_late_client_cannot_hide_queueing() -> None:
+    found = token_latency(100, [400, 450], sent_us=350)
+    assert found is not None
+    assert (found.first_us, found.lag_us, found.first_from_send_us) == (300, 250, 50)
+    unnoted = token_latency(100, [400])
+    assert unnoted is not None and unnoted.first_from_send_us is None
+    with pytest.raises(ValueError, match="one clock"):
+        token_latency(100, [400], sent_us=401)
+
+
+def test_chunks_of_several_tokens_have_a_gap_a_token() -> None:
+    assert chunk_gaps([(100, 3), (140, 2), (150, 1)]) == (20.0, 10.0)
+    assert chunk_gaps([(100, 3)]) == chunk_gaps([]) == ()
+    with pytest.raises(ValueError, match="without tokens"):
+        chunk_gaps([(1, 1), (2, 0)])

@@ -7,6 +7,7 @@ import json
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -54,6 +55,8 @@ def test_a_workload_with_a_switch_is_recorded(
     code, summary = _record(prepared, [str(path), "--package", "plain"], capsys)
     assert code == 0
     assert (summary["requests"], summary["events_dropped"], summary["stopped"]) == (4, 0, False)
+    owned = cast("dict[str, int]", summary["engine_time_us"])
+    assert owned["prefill"] > 0 and owned["decode"] > 0 and owned["preemption"] == 0
     events = Ledger(prepared).events(run_id=str(summary["run"]))
     activated = [event.payload["package"] for event in events if event.event_type == "package.activated"]
     store = PackageStore(prepared)
@@ -142,6 +145,7 @@ def test_a_summary_of_nothing_has_no_silent_zeros() -> None:
     summary = summarize(Recording(run_id="run_1"), [])
     assert summary["first_token_us"] == {"p50": None, "p95": None}
     assert summary["largest_batch"] is None
+    assert summary["engine_time_us"] is None
 
 
 def test_times_per_token_leave_the_first_token_out() -> None:

@@ -74,6 +74,7 @@ def test_every_command_prints_for_people_too(recorded: Recorded, capsys: pytest.
         (["list", recorded.run_id], 0, "validation_policy"),
         (["last"], 0, "asked:"),
         (["show", first], 0, "waterfall"),
+        (["show", first], 0, "time in the engine"),
         (["check", first], 0, "bitwise replay is reachable"),
         (["check", recorded.run_id], 0, "12 requests: 12 bitwise"),
         (["diff", first, second], 1, "pins that differ"),
