@@ -64,15 +64,13 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attend and feed forward.
 
-        x [B,T,width], past_k and past_v [B,S,kv_heads,head_dim], mask [B,T*heads/kv_heads,S+T].
+        x [B,T,width], past_k and past_v [B,kv_heads,S,head_dim], mask [B,T*heads/kv_heads,S+T].
         Returns x and the new keys and values [B,T,kv_heads*head_dim].
         """
         batch, tokens, _ = x.shape
         q, k, v = self.project(x, cos, sin)
-        keys, values = torch.cat([past_k, k], 1), torch.cat([past_v, v], 1)
-        attended = functional.scaled_dot_product_attention(
-            self.group(q), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask[:, None]
-        )
+        keys, values = torch.cat([past_k, k.transpose(1, 2)], 2), torch.cat([past_v, v.transpose(1, 2)], 2)
+        attended = functional.scaled_dot_product_attention(self.group(q), keys, values, attn_mask=mask[:, None])
         x = self.feed_forward(x + self.out(self.ungroup(attended, tokens)))
         return x, k.reshape(batch, tokens, -1), v.reshape(batch, tokens, -1)
 
@@ -147,7 +145,6 @@ class Decoder(nn.Module):
         batch, tokens = token_ids.shape
         context = slots.shape[1]
         config = self.config
-        pool_slots = k_pool.shape[0] // config.num_layers
         x = self.embed(token_ids)
         angle = positions[..., None].to(torch.float32) * self.inverse_frequency
         cos, sin = angle.cos().to(x.dtype)[:, :, None], angle.sin().to(x.dtype)[:, :, None]
@@ -161,11 +158,24 @@ class Decoder(nn.Module):
             mask = mask.reshape(batch, tokens * repeats, context + tokens)
         new_k: list[Tensor] = []
         new_v: list[Tensor] = []
-        shape = (batch, context, config.num_kv_heads, config.head_dim)
-        for index, block in enumerate(self.blocks):
-            past_k = functional.embedding(slots + index * pool_slots, k_pool).view(shape)
-            past_v = functional.embedding(slots + index * pool_slots, v_pool).view(shape)
+        for block, past_k, past_v in zip(self.blocks, *self.gather(k_pool, v_pool, self.heads_of(slots)), strict=True):
             x, k, v = block(x, cos, sin, past_k, past_v, mask)
             new_k.append(k)
             new_v.append(v)
         return self.head(self.norm(x)).to(torch.float32), torch.stack(new_k), torch.stack(new_v)
+
+    def heads_of(self, slots: Tensor) -> Tensor:
+        """Turn slots [B,S] into rows of a pool that is read by head, [B,kv_heads,S].
+
+        Attention then finds the keys of one head together, and nothing is transposed.
+        """
+        heads = torch.arange(self.config.num_kv_heads, device=slots.device)
+        return slots[:, None] * self.config.num_kv_heads + heads[None, :, None]
+
+    def gather(self, k_pool: Tensor, v_pool: Tensor, rows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Read each layer's cached keys and values, [*rows.shape,head_dim], from rows as `heads_of` gives them."""
+        config = self.config
+        layer_rows = k_pool.shape[0] // config.num_layers * config.num_kv_heads
+        k_heads, v_heads = k_pool.view(-1, config.head_dim), v_pool.view(-1, config.head_dim)
+        places = [rows + index * layer_rows for index in range(config.num_layers)]
+        return [functional.embedding(p, k_heads) for p in places], [functional.embedding(p, v_heads) for p in places]

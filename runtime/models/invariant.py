@@ -32,19 +32,20 @@ class InvariantBlock(Block):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        past: tuple[Tensor, Tensor],
+        past_k: Tensor,
+        past_v: Tensor,
         places: tuple[Tensor, Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attend and feed forward; as `Block.forward`.
 
-        x [B,T,width], past keys and values [B*kv_heads*S,head_dim], places as `InvariantDecoder.places` gives them.
+        x [B,T,width], past_k and past_v [B*kv_heads*S,head_dim], places as `InvariantDecoder.places` gives them.
         """
         batch, tokens, _ = x.shape
         q, k, v = self.project(x, cos, sin)
         columns, queries, mask = places
         shape = (batch, self.kv_heads, -1, self.head_dim)
-        keys = torch.index_put(past[0], (columns,), k.reshape(-1, self.head_dim)).view(shape)
-        values = torch.index_put(past[1], (columns,), v.reshape(-1, self.head_dim)).view(shape)
+        keys = torch.index_put(past_k, (columns,), k.reshape(-1, self.head_dim)).view(shape)
+        values = torch.index_put(past_v, (columns,), v.reshape(-1, self.head_dim)).view(shape)
         attended = functional.scaled_dot_product_attention(
             self.group(q).index_select(2, queries), keys, values, attn_mask=mask
         )
@@ -79,22 +80,14 @@ class InvariantDecoder(Decoder):
 
         What stands in a slot from context_lengths[b] on is not read.
         """
-        config = self.config
-        pool_slots = k_pool.shape[0] // config.num_layers
         x = self.embed(token_ids)
         angle = positions[..., None].to(torch.float32) * self.inverse_frequency
         cos, sin = angle.cos().to(x.dtype)[:, :, None], angle.sin().to(x.dtype)[:, :, None]
         places = self.places(token_ids, slots, context_lengths)
-        # One row of the gathered table is one head of one position, so that attention finds each head's keys together.
-        heads = torch.arange(config.num_kv_heads, device=slots.device)
-        flat = (slots[:, None] * config.num_kv_heads + heads[None, :, None]).reshape(-1)
-        k_heads, v_heads = k_pool.view(-1, config.head_dim), v_pool.view(-1, config.head_dim)
         new_k: list[Tensor] = []
         new_v: list[Tensor] = []
-        for index, block in enumerate(self.blocks):
-            rows = flat + index * pool_slots * config.num_kv_heads
-            past = functional.embedding(rows, k_heads), functional.embedding(rows, v_heads)
-            x, k, v = cast(InvariantBlock, block).attend(x, cos, sin, past, places)
+        for block, *past in zip(self.blocks, *self.gather(k_pool, v_pool, self.heads_of(slots).reshape(-1)), strict=True):
+            x, k, v = cast(InvariantBlock, block).attend(x, cos, sin, past[0], past[1], places)
             new_k.append(k)
             new_v.append(v)
         return self.head(self.norm(x)).to(torch.float32), torch.stack(new_k), torch.stack(new_v)

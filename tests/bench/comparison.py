@@ -1,0 +1,58 @@
+"""Which checkpoint do engines run to be compared?  5.0M random parameters that any converter takes, by one recipe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+WEIGHTS = "sha256:0e37cf5952bf1c5164a2eafff38bd9c95c6537a96db159fb803cc0497fcf5d8e"
+"""What the recipe gives under torch 2.13 for the CPU and transformers 5.5 to 5.23."""
+VOCABULARY = 4096
+
+
+def comparison_checkpoint(folder: Path) -> Path:
+    """Write the checkpoint with a byte-level tokenizer into `folder`; refuse weights other than the recipe's."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).float().save_pretrained(folder)
+    _write_tokenizer(folder)
+    found = "sha256:" + hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if found != WEIGHTS:
+        raise RuntimeError(f"these versions of torch and transformers give other weights: {found}")
+    return folder
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """Converters want one; no token of the comparison is ever decoded."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    specials = ("<pad>", "<s>", "</s>")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {name: index for index, name in enumerate((*specials, *letters))}
+    merges: list[tuple[str, str]] = []
+    for pair in ((one, other) for one in letters for other in letters):
+        if len(vocabulary) == VOCABULARY:
+            break
+        vocabulary["".join(pair)] = len(vocabulary)
+        merges.append(pair)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in specials])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "bos_token": "<s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "</s>"}))

@@ -1,0 +1,208 @@
+"""How fast is this engine beside others, on one checkpoint, in one run?  `make bench`, or:
+
+    python -m tests.bench.peers [--json FILE] [--only TEXT] [--repetitions N]
+
+Every engine is a process of its own with one compute thread.  They take turns, case by case, so that a busy machine
+weighs on all alike; figures are tokens per CPU-second, and ratios are medians over the turns.  Decode is
+B*64 / (T(65) - T(1)) on prompts of 32 tokens, prefill B*L / T(1); prompts are fresh each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.bench.comparison import comparison_checkpoint
+from tests.bench.peer import KINDS
+
+REFERENCE = "transformers"
+GENAI = "onnxruntime-genai>=0.18,<0.19"
+"""Installed beside the environment, not into it: it brings a native library that expects its own ONNX Runtime."""
+DECODED = 64
+
+
+class Case(NamedTuple):
+    """One figure."""
+
+    name: str
+    batch: int
+    length: int
+    decode: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the timed part computes."""
+        return self.batch * (DECODED if self.decode else self.length)
+
+
+CASES = (
+    Case("decode 1", 1, 32, True),
+    Case("decode 8", 8, 32, True),
+    Case("decode 32", 32, 32, True),
+    Case("prefill 1x1024", 1, 1024, False),
+    Case("prefill 8x256", 8, 256, False),
+    Case("prefill 32x64", 32, 64, False),
+)
+
+
+class Absent(Exception):
+    """An engine that cannot be compared here, with the reason."""
+
+
+class Peer:
+    """One engine in its process."""
+
+    def __init__(self, kind: str, checkpoint: Path, work: Path, *, paths: list[Path]) -> None:
+        work.mkdir(parents=True)
+        variables = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "0"}
+        search = os.pathsep.join([str(Path.cwd()), *map(str, paths)])
+        self._log = (work / "log").open("wb")
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.bench.peer", kind, str(checkpoint), str(work / "files")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env={**os.environ, **variables, "PYTHONPATH": search},
+        )
+        (work / "files").mkdir()
+        self._answer()
+
+    def measure(self, case: Case, seed: int) -> float:
+        """Return tokens per CPU-second of one fresh batch."""
+        first = self._run(case, new=1, seed=2 * seed)
+        if not case.decode:
+            return case.tokens / first
+        return case.tokens / (self._run(case, new=DECODED + 1, seed=2 * seed + 1) - first)
+
+    def tokens(self, seed: int) -> list[int]:
+        """Generate from one prompt; greedy tokens of equal arithmetic are equal."""
+        task = {"batch": 1, "length": 32, "new": 16, "seed": seed}
+        return list(self._ask(task)["tokens"])
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._log.close()
+
+    def _run(self, case: Case, *, new: int, seed: int) -> float:
+        return float(self._ask({"batch": case.batch, "length": case.length, "new": new, "seed": seed})["cpu_s"])
+
+    def _ask(self, task: dict[str, int]) -> dict[str, Any]:
+        if self._process.stdin is None:
+            raise Absent("its process has no input")
+        self._process.stdin.write(json.dumps(task) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._process.stdout.readline() if self._process.stdout is not None else ""
+        answer: dict[str, Any] = json.loads(line) if line else {"failed": "its process ended"}
+        if "failed" in answer:
+            self.close()
+            raise Absent(str(answer["failed"]))
+        return answer
+
+
+def install_genai(cache: Path) -> Path:
+    """Install ONNX Runtime GenAI into a folder of its own, once."""
+    folder = cache / "onnxruntime-genai"
+    if not (folder / "onnxruntime_genai").is_dir():
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), GENAI]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise Absent(f"not installed: {done.stderr.strip().splitlines()[-1]}")
+    return folder
+
+
+def start(kind: str, checkpoint: Path, work: Path, cache: Path) -> Peer:
+    """Start one engine; raises Absent with the reason where it is not to be had."""
+    paths = [install_genai(cache)] if kind == "onnxruntime-genai" else []
+    return Peer(kind, checkpoint, work / kind.replace(" ", "-").replace(",", ""), paths=paths)
+
+
+def compare(kinds: list[str], *, cache: Path, repetitions: int) -> dict[str, Any]:
+    """Measure all engines in turns and return figures, ratios to the reference, and who is absent."""
+    absent = {"llama-cpp-python": "not installed: a source distribution of ten CPU-minutes that this bench does not build"}
+    peers: dict[str, Peer] = {}
+    figures: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory(prefix="replaylab-peers-") as folder:
+        checkpoint = comparison_checkpoint(Path(folder) / "checkpoint")
+        try:
+            for kind in kinds:
+                try:
+                    peers[kind] = start(kind, checkpoint, Path(folder), cache)
+                except Absent as reason:
+                    absent[kind] = str(reason)
+            answers = {kind: peer.tokens(0) for kind, peer in peers.items()}
+            for case in CASES:
+                for turn in range(repetitions + 1):
+                    for kind, peer in peers.items():
+                        speed = peer.measure(case, turn)
+                        if turn:  # the first turn warms up
+                            figures.setdefault(kind, {}).setdefault(case.name, []).append(speed)
+        finally:
+            for peer in peers.values():
+                peer.close()
+    return {"figures": figures, "ratios": ratios(figures), "absent": absent, "answers": answers}
+
+
+def ratios(figures: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    """Give each engine's speed over the reference's, median over the turns in which both ran side by side."""
+    reference = figures.get(REFERENCE)
+    if reference is None:
+        return {}
+    return {
+        kind: {
+            name: statistics.median(ours / theirs for ours, theirs in zip(speeds, reference[name], strict=True))
+            for name, speeds in cases.items()
+        }
+        for kind, cases in figures.items()
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Write the comparison for a terminal: tokens per CPU-second, and in brackets the ratio to the reference."""
+    names = [case.name for case in CASES]
+    lines = [f"tokens per CPU-second, one thread (times {REFERENCE})", " " * 34 + "".join(f"{n:>17}" for n in names)]
+    for kind, cases in found["figures"].items():
+        ratio = found["ratios"].get(kind, {})
+        cells = [f"{statistics.median(cases[n]):8.0f} ({ratio.get(n, float('nan')):4.2f})" for n in names]
+        lines.append(f"{kind:34}" + "".join(f"{cell:>17}" for cell in cells))
+    lines += [f"{kind:34}{reason}" for kind, reason in found["absent"].items()]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compare, print the table, and write the figures as JSON where asked."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.peers", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures into this file")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="engines whose name contains this; repeatable")
+    parser.add_argument("--repetitions", type=int, default=5, help="turns a case (default: %(default)s)")
+    parser.add_argument("--cache", type=Path, default=Path(".cache/bench"), help="where peers are installed (%(default)s)")
+    options = parser.parse_args(arguments)
+    kinds = [kind for kind in KINDS if not options.only or any(text in kind for text in options.only)]
+    found = compare(kinds, cache=options.cache.resolve(), repetitions=options.repetitions)
+    print(table(found))
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
