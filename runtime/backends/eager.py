@@ -47,7 +47,7 @@ class EagerExecutor(TorchExecutor[Decoder]):
 
 def load_eager(package: Path, spec: LoadSpec) -> EagerExecutor:
     """Fill the decoder from `weights.safetensors` of a verified package folder."""
-    tile = tile_of(spec.flags) if spec.batch_invariant else None
+    tile = tile_of(spec.flags, "eager") if spec.batch_invariant else None
     norm = cast(NormKind, spec.flags.get("norm", "fused"))
     decoder = new_decoder(spec.config, spec.precision, norm=norm, tile=tile)
     try:

@@ -3,8 +3,8 @@
 A recipe joins `runtime.models.invariant.InvariantDecoder` with linear layers that answer a row alike however many rows
 stand beside it:
 
-    tile     queries in tiles of 16, and linear layers of one kernel: packed oneDNN ones (eager; inductor by freezing),
-             ONNX Runtime's prepacked ones
+    tile     queries in tiles of 16 (2 on ONNX Runtime), and linear layers of one kernel: packed oneDNN ones (eager;
+             inductor by freezing), ONNX Runtime's prepacked ones
     strict   MKL's strict mode (MKL_CBWR=AVX512,STRICT, or AVX2,STRICT), which is a pin of the process and has to stand
              in its environment before MKL computes anything; no tiles, default kernels
 """
@@ -22,6 +22,8 @@ from runtime.models.layout import TILE, columns_for
 RECIPE = "recipe"
 """The flag that names a package's recipe."""
 RECIPES = ("tile", "strict")
+TILES = {"onnxruntime": 2}
+"""Backends whose attention needs less than `TILE`: ONNX Runtime's differs for one query only."""
 NARROW = 1024
 """Up to so many summed columns packed linears answer one row as they answer many; wider ones need two rows."""
 
@@ -31,9 +33,9 @@ def recipe_of(flags: Mapping[str, str]) -> str:
     return flags.get(RECIPE, RECIPES[0])
 
 
-def tile_of(flags: Mapping[str, str]) -> int:
-    """Return the tile of queries that the recipe needs."""
-    return TILE if recipe_of(flags) == "tile" else 1
+def tile_of(flags: Mapping[str, str], backend: str) -> int:
+    """Return the tile of queries that the recipe needs on a backend."""
+    return TILES.get(backend, TILE) if recipe_of(flags) == "tile" else 1
 
 
 def program_bounds(bounds: Bounds) -> Bounds:

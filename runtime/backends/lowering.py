@@ -12,7 +12,7 @@ import torch
 from manifests.canonical import digest
 from runtime.backends import program as programs
 from runtime.backends.errors import BackendRefused, BuildFailed
-from runtime.backends.invariant import RECIPE, recipe_of
+from runtime.backends.invariant import RECIPE, recipe_of, tile_of
 from runtime.backends.inventory import without_kernel
 from runtime.backends.program import StepProgram
 from runtime.backends.protocol import Boundary, BuildOptions
@@ -40,9 +40,14 @@ class ExportedLowering:
             raise BackendRefused("stage a01 has not run", fix="call the stages in order")
         return self._program
 
+    @property
+    def query_tile(self) -> int | None:
+        """The tile of queries of a batch-invariant step; None for the plain step."""
+        return tile_of(self.options.flags, self.backend) if self.options.batch_invariant else None
+
     def capture(self) -> Boundary:
         """Stage 1: checkpoint to exported program."""
-        self._program = program = programs.capture_program(self.model_folder, self.options)
+        self._program = program = programs.capture_program(self.model_folder, self.options, tile=self.query_tile)
         record = {
             "exporter_version": f"torch.export {torch.__version__}",
             "source_framework": f"torch {torch.__version__} ({program.checkpoint.config.family})",
@@ -120,7 +125,9 @@ class ExportedLowering:
 
     def base_compiler(self) -> dict[str, Any]:
         """Give the compiler manifest's fields that every backend shares."""
-        recipe = {RECIPE: recipe_of(self.options.flags)} if self.options.batch_invariant else {}
+        recipe: dict[str, str] = {}
+        if self.options.batch_invariant:
+            recipe = {RECIPE: recipe_of(self.options.flags), "query_tile": str(self.query_tile)}
         return {
             "backend": self.backend,
             "precision": self.options.precision,

@@ -20,7 +20,6 @@ from torch.export import Dim, ExportedProgram
 from manifests.canonical import digest
 from runtime.backends.contract import Bounds, InputContract
 from runtime.backends.errors import BackendRefused, BuildFailed, InputRefused
-from runtime.backends.invariant import tile_of
 from runtime.backends.protocol import BuildOptions
 from runtime.backends.torch_executor import hold_threads
 from runtime.models.config import ModelConfig
@@ -108,8 +107,10 @@ def quiet_exporters() -> Generator[list[str]]:
         logger.setLevel(before)
 
 
-def capture_program(model_folder: Path, options: BuildOptions) -> StepProgram:
+def capture_program(model_folder: Path, options: BuildOptions, *, tile: int | None = None) -> StepProgram:
     """Load a checkpoint, export its functional step, and check that capturing lost no behaviour.
+
+    tile: of queries, for the step whose rows' bits are their own; None for the plain one.
 
     Errors: `ModelRefused` from the loader; `BuildFailed` where export fails; `BackendRefused` where the module has a
     hidden side effect or the program computes something else than the module.
@@ -117,7 +118,6 @@ def capture_program(model_folder: Path, options: BuildOptions) -> StepProgram:
     check_bounds(options.bounds)
     hold_threads(options.threads)
     checkpoint = load_checkpoint(model_folder)
-    tile = tile_of(options.flags) if options.batch_invariant else None
     decoder = build_decoder(checkpoint, options.precision, norm=cast(NormKind, options.norm), tile=tile)
     inputs = example_inputs(checkpoint.config, options.precision)
     start = time.perf_counter_ns()

@@ -86,7 +86,9 @@ class InvariantDecoder(Decoder):
         places = self.places(token_ids, slots, context_lengths)
         new_k: list[Tensor] = []
         new_v: list[Tensor] = []
-        for block, *past in zip(self.blocks, *self.gather(k_pool, v_pool, self.heads_of(slots).reshape(-1)), strict=True):
+        for block, *past in zip(
+            self.blocks, *self.gather(k_pool, v_pool, self.heads_of(slots).reshape(-1)), strict=True
+        ):
             x, k, v = cast(InvariantBlock, block).attend(x, cos, sin, past[0], past[1], places)
             new_k.append(k)
             new_v.append(v)

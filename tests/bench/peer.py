@@ -1,4 +1,4 @@
-"""How is one engine driven for the comparison?  A process of its own that takes tasks as JSON lines and tells its CPU time.
+"""How is one engine driven for the comparison?  A process that takes tasks as JSON lines, tells its CPU time.
 
     python -m tests.bench.peer KIND CHECKPOINT WORK
 

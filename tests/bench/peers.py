@@ -61,7 +61,12 @@ class Peer:
 
     def __init__(self, kind: str, checkpoint: Path, work: Path, *, paths: list[Path]) -> None:
         work.mkdir(parents=True)
-        variables = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "0"}
+        variables = {
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "TOKENIZERS_PARALLELISM": "0",
+        }
         search = os.pathsep.join([str(Path.cwd()), *map(str, paths)])
         self._log = (work / "log").open("wb")
         self._process = subprocess.Popen(
@@ -138,7 +143,9 @@ def start(kind: str, checkpoint: Path, work: Path, cache: Path) -> Peer:
 
 def compare(kinds: list[str], *, cache: Path, repetitions: int) -> dict[str, Any]:
     """Measure all engines in turns and return figures, ratios to the reference, and who is absent."""
-    absent = {"llama-cpp-python": "not installed: a source distribution of ten CPU-minutes that this bench does not build"}
+    absent = {
+        "llama-cpp-python": "not installed: a source distribution of ten CPU-minutes that this bench does not build"
+    }
     peers: dict[str, Peer] = {}
     figures: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="replaylab-peers-") as folder:
@@ -194,7 +201,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures into this file")
     parser.add_argument("--only", action="append", metavar="TEXT", help="engines whose name contains this; repeatable")
     parser.add_argument("--repetitions", type=int, default=5, help="turns a case (default: %(default)s)")
-    parser.add_argument("--cache", type=Path, default=Path(".cache/bench"), help="where peers are installed (%(default)s)")
+    parser.add_argument(
+        "--cache", type=Path, default=Path(".cache/bench"), help="where peers are installed (%(default)s)"
+    )
     options = parser.parse_args(arguments)
     kinds = [kind for kind in KINDS if not options.only or any(text in kind for text in options.only)]
     found = compare(kinds, cache=options.cache.resolve(), repetitions=options.repetitions)

@@ -97,7 +97,7 @@ class Sessions:
             for row, number, count in zip(rows, chosen, counts, strict=True):
                 start = done[number]
                 inputs[0][row, :count] = self.tokens[number][start : start + count]
-                inputs[1][row] = np.minimum(np.arange(start, start + width), 511)
+                inputs[1][row] = np.minimum(np.arange(start, start + width), self.executor.contract.max_positions - 1)
                 inputs[2][row, :start] = places[number][:start]
                 inputs[3][row] = start
             out = self.executor.step(*inputs, pool)
