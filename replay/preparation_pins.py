@@ -1,8 +1,8 @@
 """What does `--set` change in a preparation?  Each setting is one choice that the nine stages were given.
 
 compiler.backend, compiler.precision (or artifact.quantization), compiler.optimization_level,
-compiler.execution_providers=A,B, compiler.flags.NAME, compiler.bounds.max_batch (max_tokens, max_context),
-hardware.threads, and versions of a toolchain: compiler.onnxruntime, compiler.torch, ...
+compiler.execution_providers=A,B, compiler.flags.NAME, compiler.buckets=PLAN, compiler.bounds.max_batch (max_tokens,
+max_context), hardware.threads, and versions of a toolchain: compiler.onnxruntime, compiler.torch, ...
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from manifests.errors import ManifestError
 from manifests.run import parse_setting
 from replay.errors import PinRefused
 from replay.substitutes import VERSIONED, Substitution, Way, way_of
+from traces.failures import ClassifiedError
 
 if TYPE_CHECKING:
     from replay.preparations import RecordedPreparation
+    from runtime.backends.buckets import BucketPlan
     from runtime.backends.protocol import BuildOptions
 
-BOUNDS, FLAGS = "compiler.bounds.", "compiler.flags."
+BOUNDS, FLAGS, BUCKETS = "compiler.bounds.", "compiler.flags.", "compiler.buckets"
 BOUND_NAMES = ("max_batch", "max_tokens", "max_context")
 SETTABLE = (
     "compiler.backend",
@@ -30,6 +32,7 @@ SETTABLE = (
     "compiler.batch_invariant",
     "compiler.execution_providers",
     "compiler.flags.NAME",
+    BUCKETS,
     *(f"{BOUNDS}{name}" for name in BOUND_NAMES),
     "hardware.threads",
     *(f"compiler.{name}" for name in VERSIONED),
@@ -78,6 +81,8 @@ def _with(options: BuildOptions, one: Substitution) -> BuildOptions:
             return replace(options, precision=one.value)
         case "artifact.quantization":
             return replace(options, precision="float32" if one.value == "none" else one.value)
+        case "compiler.buckets":
+            return replace(options, buckets=_plan(options, one))
         case "compiler.batch_invariant":
             return replace(options, batch_invariant=one.value == "true")
         case "compiler.optimization_level":
@@ -90,8 +95,19 @@ def _with(options: BuildOptions, one: Substitution) -> BuildOptions:
             return options
 
 
+def _plan(options: BuildOptions, one: Substitution) -> BucketPlan | None:
+    from runtime.backends.buckets import parse_plan
+
+    if one.value == "none":
+        return None
+    try:
+        return parse_plan(one.value, options.bounds)
+    except ClassifiedError as error:
+        raise PinRefused(error.message, pin=one.pin, fix=error.fix) from error
+
+
 def _way(pin: str) -> Way:
-    if pin.startswith(BOUNDS) and pin.removeprefix(BOUNDS) in BOUND_NAMES:
+    if pin == BUCKETS or (pin.startswith(BOUNDS) and pin.removeprefix(BOUNDS) in BOUND_NAMES):
         return Way.PACKAGE
     try:
         way = way_of(pin)
@@ -134,5 +150,6 @@ def recorded_value(original: RecordedPreparation, pin: str) -> Any:
         "compiler.optimization_level": options["optimization"],
         "compiler.execution_providers": options["providers"],
         "compiler.batch_invariant": bool(options.get("batch_invariant")),
+        BUCKETS: options.get("buckets"),
         "hardware.threads": options["threads"],
     }.get(pin)

@@ -24,6 +24,21 @@ examples:
   replaylab prepare runtime/models/reference --backend inductor --flag freezing=true --json
   replaylab prepare runtime/models/reference --backend onnxruntime --batch-invariant
   replaylab prepare runtime/models/reference --like desk
+  replaylab prepare --choices                      every level, precision and flag of every backend
+
+each choice is a pin of the package, and of a replay (replay run ID --set PIN=VALUE):
+  optimization     --optimization basic            --set compiler.optimization_level=basic
+  passes left out  --flag disable_optimizers=MatMulAddFusion;GeluFusion
+                                                   --set compiler.flags.disable_optimizers=MatMulAddFusion
+  precision        --precision bfloat16            --set compiler.precision=bfloat16
+  memory plan      --flag memory_pattern=1         --set compiler.flags.memory_pattern=1
+  vector length    --flag simdlen=256              --set compiler.flags.simdlen=256
+  threads          --threads 2                     --set hardware.threads=2
+  provider order   --provider A --provider B       --set compiler.execution_providers=A,B
+  fixed shapes     --buckets 'decode=1,8;tokens=32;context=128'
+                                                   --set 'compiler.buckets=decode=1,8;tokens=32;context=128'
+  bounds           --max-batch 8                   --set compiler.bounds.max_batch=8
+  a version                                        --set compiler.onnxruntime=1.30.0
 
 exit codes: 0 prepared and ready, 1 rebuilt with --like and something differs,
             2 refused (the model, the backend or an option does not fit), 3 failed
@@ -34,7 +49,9 @@ Nothing that is already in the store is changed by a failure.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.epilog = EPILOG
-    parser.add_argument("model", metavar="MODEL", type=Path, help="folder of a Llama, Qwen2 or Qwen3 checkpoint")
+    parser.add_argument(
+        "model", metavar="MODEL", type=Path, nargs="?", help="folder of a Llama, Qwen2 or Qwen3 checkpoint"
+    )
     parser.add_argument(
         "--backend", default="onnxruntime", help="eager, onnxruntime, inductor or xla (default: %(default)s)"
     )
@@ -49,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="bits of a row depend on nothing but itself, at some cost; --flag recipe=tile (default) or strict",
     )
+    parser.add_argument("--buckets", metavar="PLAN", help="fixed shapes: decode=1,8;tokens=32;context=128, or default")
     parser.add_argument("--provider", action="append", default=[], metavar="NAME", help="execution provider, in order")
     parser.add_argument("--threads", type=int, default=1, help="compute threads, a pin (default: %(default)s)")
     parser.add_argument("--max-batch", type=int, default=64, help="bound of rows (default: %(default)s)")
@@ -58,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--like", metavar="PACKAGE", help="rebuild with this package's options and name the first stage that differs"
     )
+    parser.add_argument("--choices", action="store_true", help="list what each backend can be asked for, and stop")
     parser.add_argument("--name", help="also point this name at the package")
     parser.add_argument("--ledger", type=Path, help="ledger folder (default: REPLAYLAB_LEDGER or ./ledger)")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
@@ -71,6 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
     from traces.failures import ClassifiedError
 
     console = Console(stderr=True)
+    if arguments.choices or arguments.model is None:
+        return _print_choices(arguments)
     try:
         prepared, rebuilt = _prepare(arguments, console)
     except ClassifiedError as error:
@@ -89,6 +110,23 @@ def run(arguments: argparse.Namespace) -> int:
     verdict = "equal in all nine stages" if rebuilt["equal"] else f"first differs at stage {rebuilt['first_stage']}"
     out.print(f"rebuilt like {rebuilt['package']}: {verdict}", soft_wrap=True)
     return 0 if rebuilt["equal"] else 1
+
+
+def _print_choices(arguments: argparse.Namespace) -> int:
+    """List what can be asked for; without a model and without --choices, say that the model is missing."""
+    from rich.console import Console
+
+    from runtime.prepare.choices import choices, choices_table
+
+    if not arguments.choices:
+        print("error: no MODEL is given; fix: replaylab prepare MODEL, or --choices", file=sys.stderr)
+        return 2
+    described = choices()
+    if arguments.json:
+        print(json.dumps({"backends": described}, indent=2))
+    else:
+        Console(width=None if sys.stdout.isatty() else 140).print(choices_table(described))
+    return 0
 
 
 def _prepare(arguments: argparse.Namespace, console: Console) -> tuple[PreparedPackage, dict[str, Any] | None]:
@@ -116,6 +154,7 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> tuple[PreparedP
 
 
 def _options(arguments: argparse.Namespace, store: PackageStore) -> BuildOptions:
+    from runtime.backends.buckets import parse_plan
     from runtime.backends.contract import Bounds
     from runtime.backends.errors import BackendRefused
     from runtime.backends.protocol import BuildOptions
@@ -132,15 +171,15 @@ def _options(arguments: argparse.Namespace, store: PackageStore) -> BuildOptions
         if not sign or not name:
             raise BackendRefused(f"--flag {text!r} is not NAME=VALUE", fix="for example --flag freezing=true")
         flags[name] = value
+    bounds = Bounds(max_batch=arguments.max_batch, max_tokens=arguments.max_tokens, max_context=arguments.max_context)
     return BuildOptions(
         precision=arguments.precision,
         norm=arguments.norm,
         optimization=arguments.optimization,
         flags=flags,
         providers=tuple(arguments.provider),
-        bounds=Bounds(
-            max_batch=arguments.max_batch, max_tokens=arguments.max_tokens, max_context=arguments.max_context
-        ),
+        bounds=bounds,
+        buckets=parse_plan(arguments.buckets, bounds) if arguments.buckets else None,
         threads=arguments.threads,
         deadline_seconds=arguments.deadline,
         batch_invariant=arguments.batch_invariant,

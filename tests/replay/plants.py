@@ -127,6 +127,19 @@ def in_the_compiler(source: str) -> Patch:
     return patch
 
 
+def another_argument(phase: str, argument: str) -> Patch:
+    """Give iree-compile one more argument in the phase that has `phase` among its arguments."""
+    return in_the_compiler(
+        "import subprocess\n"
+        "run = subprocess.run\n"
+        "def planted(words, *rest, **named):\n"
+        f"    if {phase!r} in words:\n"
+        f"        words = [*words, {argument!r}]\n"
+        "    return run(words, *rest, **named)\n"
+        "subprocess.run = planted\n"
+    )
+
+
 COMMON: Mapping[str, Plant] = {
     "a01": Plant("another RMS norm is exported", ("compiler.flags.norm=unfused",)),
     "a02": Plant("a dead node in the graph", patch=before("represent", dead_node)),
@@ -165,6 +178,19 @@ OWN: Mapping[str, Mapping[str, Plant]] = {
         "a04": Plant("no fusion", ("compiler.flags.disabled_passes=fusion",)),
         "a06": Plant("a lower level of code generation", ("compiler.optimization_level=o1",)),
         "a08": Plant("two threads at load, where the system does not show them", patch=other_threads_unseen),
+    },
+    "iree": {
+        "a04": Plant("a lower level", ("compiler.optimization_level=O1",)),
+        "a05": Plant(
+            "larger dispatches",
+            patch=another_argument(
+                "--compile-to=flow", "--iree-dispatch-creation-enable-aggressive-reshape-movement=true"
+            ),
+        ),
+        "a06": Plant(
+            "code without symbols",
+            patch=another_argument("--compile-from=flow", "--iree-llvmcpu-debug-symbols=false"),
+        ),
     },
 }
 DOES_NOT_APPLY: Mapping[tuple[str, str], str] = {

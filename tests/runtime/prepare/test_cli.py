@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import replaylab
+from runtime.backends.registry import BACKENDS
 from runtime.models.random_checkpoint import random_checkpoint
 from runtime.prepare.pipeline import PreparedPackage
 from runtime.prepare.store import PackageStore
@@ -92,3 +93,30 @@ def test_packages_lists_verifies_and_compares(
     with pytest.raises(SystemExit) as refused:  # argparse says what is missing
         replaylab.main(["packages", "compare", eager, *place])
     assert refused.value.code == 2
+
+
+def test_choices_lists_every_backend_with_each_flag_and_its_values(capsys: pytest.CaptureFixture[str]) -> None:
+    assert replaylab.main(["prepare", "--choices", "--json"]) == 0
+    listed = {one["backend"]: one for one in json.loads(capsys.readouterr().out)["backends"]}
+    assert set(listed) == {backend.name for backend in BACKENDS}
+    for backend in BACKENDS:
+        assert listed[backend.name]["flags"] == {name: list(values) for name, values in backend.flags.items()}
+    assert replaylab.main(["prepare", "--choices"]) == 0
+    assert "compiler.flags.freezing" in capsys.readouterr().out
+    assert replaylab.main(["prepare"]) == 2
+
+
+def test_a_pass_that_no_level_runs_is_refused_with_those_that_run(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["prepare", str(model_folder), "--backend", "onnxruntime", "--ledger", str(tmp_path), "--json"]
+    assert replaylab.main([*words, "--flag", "disable_optimizers=Wonder"]) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert "Wonder" in error["message"]
+    assert "MatMulAddFusion" in error["fix"]
+    fused = ["--flag", "disable_optimizers=QuickGeluFusion;MatMulScaleFusion", "--flag", "memory_pattern=1"]
+    assert replaylab.main([*words, *fused]) == 0
+    made = json.loads(capsys.readouterr().out)
+    ran = {entry["name"] for entry in made["stages"][3]["record"]["pass_list"]}
+    assert not {"QuickGeluFusion", "MatMulScaleFusion"} & ran
+    assert made["compiler"]["flags"]["session.memory_pattern"] == "1"
