@@ -24,6 +24,7 @@ from runtime.backends.lowering import ExportedLowering, target, unknown
 from runtime.backends.onnx_transfers import copy_estimate, sized_edges
 from runtime.backends.onnxruntime import MODEL, PROVIDERS, SETTINGS, OrtExecutor, open_session, session_options
 from runtime.backends.onnxruntime_passes import DISABLED, Rewriting
+from runtime.backends.onnxruntime_quantization import DESCRIPTION, quantize
 from runtime.backends.protocol import Boundary, LoadSpec
 
 FLAGS = {
@@ -128,11 +129,14 @@ class OrtLowering(ExportedLowering):
     def optimize(self) -> Boundary:
         """Stage 4: let ONNX Runtime rewrite the graph once, keep the result, and compare it with eager."""
         source, self._optimized = self.work / "captured.onnx", self.work / MODEL
-        source.write_bytes(self._model.SerializeToString(deterministic=True))
         start = time.perf_counter_ns()
+        quantized = quantize(self._model) if self.options.precision == "int8" else None
+        captured = quantized.model if quantized else self._model
+        source.write_bytes(captured.SerializeToString(deterministic=True))
         ran = self._rewriting.rewrite(source, self._optimized)
         spent = (time.perf_counter_ns() - start) // 1000
-        self._passes = ran.names
+        rewritten = [f"quantize {DESCRIPTION}"] if quantized else []
+        self._passes = (*rewritten, *ran.names)
         after = onnx.load(str(self._optimized))
         onnx_graph.check_dimensions(after, self.options.program_bounds, stage="a04")
         comparison = compare_with_reference(self._executor(), self.model_folder)
@@ -144,10 +148,11 @@ class OrtLowering(ExportedLowering):
                 stage="a04",
             )
         record = {
-            "pass_list": [{"name": name, "changed": name in ran.changed} for name in self._passes],
+            "pass_list": [{"name": name, "changed": name in {*ran.changed, *rewritten}} for name in self._passes],
             "graph_before": {"nodes": len(self._model.graph.node)},
             "graph_after": {
                 "nodes": len(after.graph.node),
+                **({"int8_layers": quantized.layers, "float32_products": quantized.kept} if quantized else {}),
                 "by_level": self._rewriting.nodes_by_level(source, self.work),
                 "operators": dict(sorted(Counter(node.op_type for node in after.graph.node).items())),
             },

@@ -278,7 +278,7 @@ class Backend(Protocol):
 def require(backend: str, table: Mapping[str, Ability], name: str) -> None:
     """Refuse what the abilities table does not support, with its reason."""
     cell = table.get(name)
-    offered = [other for other in ("float32", "bfloat16") if table[other].support is Support.SUPPORTED]
+    offered = [other for other in ("float32", "bfloat16", "int8") if table[other].support is Support.SUPPORTED]
     if cell is None:
         raise BackendRefused(
             f"{backend} knows no {name!r}",

@@ -146,7 +146,9 @@ EAGER = InstalledBackend(
     abilities=abilities(
         float32=YES,
         bfloat16=YES,
-        int8=_not_ours("torch.ao dynamic quantization exists; no quantized decoder yet"),
+        int8=_not_theirs(
+            "torch.ao's dynamic linears take one scale for all rows: a neighbour's content would reach a row"
+        ),
         dynamic_shapes=YES,
         threads=YES,
         optimization_levels=_never("eager torch rewrites nothing"),
@@ -169,7 +171,7 @@ ONNXRUNTIME = InstalledBackend(
         bfloat16=_not_theirs(
             "ONNX Runtime's CPU provider has no bfloat16 MatMul (NOT_IMPLEMENTED at session creation)"
         ),
-        int8=_not_ours("onnxruntime.quantization exists; not offered yet"),
+        int8=YES,
         dynamic_shapes=YES,
         threads=YES,
         optimization_levels=YES,
@@ -198,7 +200,7 @@ INDUCTOR = InstalledBackend(
     abilities=abilities(
         float32=YES,
         bfloat16=YES,
-        int8=_not_ours("needs a quantized decoder"),
+        int8=_not_theirs("torch.export refuses torch.ao's packed linears (LinearPackedParams has no __obj_flatten__)"),
         dynamic_shapes=YES,
         threads=YES,
         optimization_levels=_not_theirs("an ahead-of-time package is always compiled with -O3"),

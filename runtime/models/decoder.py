@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from runtime.models.config import ModelConfig, inverse_frequencies
 
 NormKind = Literal["fused", "unfused"]
-PRECISIONS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
+"""In what activations and cache are held; int8 is what a backend's compiler makes of the linear layers' weights."""
 
 
 class RootMeanSquareNorm(nn.Module):

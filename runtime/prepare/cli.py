@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", default="onnxruntime", help="eager, onnxruntime, inductor or xla (default: %(default)s)"
     )
-    parser.add_argument("--precision", default="float32", help="float32 or bfloat16 (default: %(default)s)")
+    parser.add_argument("--precision", default="float32", help="float32, bfloat16 or int8 (default: %(default)s)")
     parser.add_argument("--norm", default="fused", help="fused or unfused RMS norm (default: %(default)s)")
     parser.add_argument("--optimization", default="default", metavar="LEVEL", help="the backend's own level name")
     parser.add_argument(

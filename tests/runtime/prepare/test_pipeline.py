@@ -32,6 +32,7 @@ ALL = [
     ("eager", "float32"),
     ("eager", "bfloat16"),
     ("onnxruntime", "float32"),
+    ("onnxruntime", "int8"),
     ("inductor", "float32"),
     ("iree", "float32"),
     ("xla", "float32"),
