@@ -134,7 +134,10 @@ def _read_line(ledger: Ledger, lines: dict[int, _Line], event: TraceEvent, *, st
 
 
 def _ticks(events: Sequence[TraceEvent], usual: int) -> dict[int, int]:
-    """Count steps as ticks; where the engine had nothing to do, as many more as usual steps would have fitted."""
+    """Count steps as ticks; where the engine had nothing to do, as many more as usual steps would have fitted.
+
+    It has nothing to do after a step that leaves nobody, not even an end that the next plan has to report.
+    """
     ticks: dict[int, int] = {}
     tick, ended, busy, idle = -1, 0, 0, False
     for event in events:
@@ -143,8 +146,7 @@ def _ticks(events: Sequence[TraceEvent], usual: int) -> dict[int, int]:
         elif event.step is not None:
             tick += 1 + (max(0, event.mono_us - ended) // usual if idle and ticks else 0)
             ticks[event.step] = tick
-            ended, idle = event.mono_us + (event.duration_us or 0), False
-        idle = idle or not busy
+            ended, idle = event.mono_us + (event.duration_us or 0), busy == 0
     return ticks
 
 

@@ -31,6 +31,7 @@ def replay_requests(
     mode: ReplayMode = "faithful",
     settings: Sequence[str] = (),
     repeat: int = 1,
+    together: bool = False,
     on_verdict: Callable[[Done], None] = lambda done: None,
     on_report: Callable[[Report], None] = lambda report: None,
     on_progress: Callable[[str], None] = lambda state: None,
@@ -44,6 +45,7 @@ def replay_requests(
         mode: faithful, alone, forced or audit.
         settings: pins to change, each `dimension.field=value`.
         repeat: how many times each request is run.
+        together: run every recorded call once, with all its rows; for a whole run under its own pins.
         on_verdict: called with each verdict as it becomes known.
         on_report: called with each line a worker says.
         on_progress: told what is done before a worker can start: an environment with another version is made.
@@ -69,6 +71,7 @@ def replay_requests(
             mode=mode,
             settings=tuple(settings),
             repeat=repeat,
+            together=together,
         )
         running = run_job(
             job,

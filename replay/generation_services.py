@@ -44,6 +44,7 @@ class PlayedGenerations:
     done       what was generated so far, over all routes of the request
     unseen     whether the recorded caller went away before any token reached it
     obstacles  what kept the record from being replayed: never a fact about the request itself
+    ready      results of generations that were computed together with others, by sequence id
     """
 
     player: Callable[[str], PlanPlayer]
@@ -53,12 +54,20 @@ class PlayedGenerations:
     done: list[Generated]
     unseen: bool
     obstacles: list[ClassifiedError]
+    ready: Mapping[str, GenerationResult]
 
     async def generate(self, request: GenerationRequest, on_token: OnToken | None = None) -> GenerationResult:
         """Run one generation; plans fit only the prompt that they were made for, so another prompt runs alone."""
         known = self.recorded.get(request.sequence_id)
         same = known is not None and known.request is not None and known.request.prompt == request.prompt
         known = known if same else None
+        result = self.ready.get(request.sequence_id)
+        if result is not None and known is not None and known.request == request and self.mode == "faithful":
+            if on_token is not None and not self.unseen:
+                for record in result.records:
+                    on_token(record)
+            self.done.append(Generated(request=request, result=result, followed=known))
+            return _end(result)
         player = self.player(self.engine_id if known is None else known.engine_id)
         before = None if known is None else known.result
         told = None if self.unseen else on_token

@@ -30,6 +30,7 @@ class Job:
     mode      faithful, alone, forced or audit
     settings  `--set` options as written, already checked
     repeat    how many times each request is run; each time is a child run of its own
+    together  whether every recorded call is run once with all its rows; only for a whole run under its own pins
     """
 
     ledger: Path
@@ -38,6 +39,7 @@ class Job:
     mode: ReplayMode = "faithful"
     settings: tuple[str, ...] = ()
     repeat: int = 1
+    together: bool = False
 
     def encode(self) -> str:
         """Return the job as one line of JSON."""
@@ -48,6 +50,7 @@ class Job:
             "mode": self.mode,
             "settings": list(self.settings),
             "repeat": self.repeat,
+            "together": self.together,
         }
         return json.dumps(document)
 
@@ -62,6 +65,7 @@ class Job:
             mode=document["mode"],
             settings=tuple(document["settings"]),
             repeat=document["repeat"],
+            together=document["together"],
         )
 
 

@@ -37,6 +37,7 @@ from replay.substitutes import Substitution, Way, apply_to_pins, pin_changes
 from replay.verdict import ReplayVerdict
 from replay.worlds import Substitutes
 from runtime.effects import RecordedEffects
+from runtime.engine.generation import GenerationResult
 from runtime.engine.plan import StepPlan
 from runtime.serve.deployment import DeploymentDocument
 from runtime.serve.envelope import RequestEnvelope
@@ -68,6 +69,7 @@ class Setting:
     shared      events of the run that belong to no request
     plans       step plans by engine
     steps       engine steps that the run recorded
+    ready       results of generations that were computed together, by sequence id
     hardware    the worker's own hardware pins
     packages    which package runs instead of a recorded one
     """
@@ -79,6 +81,7 @@ class Setting:
     models: Models
     plans: Mapping[str, Sequence[StepPlan]]
     steps: int
+    ready: Mapping[str, GenerationResult]
     hardware: HardwareManifest
     packages: PackageChoice
     mode: ReplayMode
@@ -268,6 +271,7 @@ class _Passage:
             done=self._done,
             unseen=self._unseen,
             obstacles=self._obstacles,
+            ready=setting.ready,
         )
 
     @property

@@ -9,7 +9,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from traces.failures import ClassifiedError
 
 if TYPE_CHECKING:
     from replay.player import Player
+    from runtime.engine.generation import GenerationResult
     from traces.ledger.ledger import Ledger
     from traces.recorder import Recorder
 
@@ -61,7 +62,7 @@ def run_job(job: Job, say: Say) -> None:
 
     ledger = Ledger(job.ledger)
     ledger.drain()
-    run = load_run(ledger, job.run_id, only=job.requests if len(job.requests) <= FEW else None)
+    run = load_run(ledger, job.run_id, only=job.requests if len(job.requests) <= FEW and not job.together else None)
     substitutions = parse_substitutions(job.settings)
     with Recorder(job.ledger, run_id=f"run_{random_ids()}", component="replay") as recorder:
         recorder.commit("run.started", payload=_started(job))
@@ -83,6 +84,7 @@ def make_player(
     from replay.packages import PackageChoice
     from replay.player import Player, Setting
     from replay.preparing import prepare_missing
+    from replay.together import play_together
     from replay.worlds import substitutes_of
     from runtime.probe import probe
     from runtime.serve.deployment import DeploymentDocument
@@ -99,6 +101,10 @@ def make_player(
         sequences=load_sequence_tables(events),
         on_loading=lambda package: say(Report(kind="loading", body={"package": package})),
     )
+    ready: Mapping[str, GenerationResult] = {}
+    if job.together:
+        ready, calls = play_together(ledger, [run.requests[one] for one in job.requests], models, plans)
+        say(Report(kind="progress", body={"generations": len(ready), "calls": calls}))
     chosen = tuple(substitutions)
     wants_package = PackageChoice(substitutions=chosen).changes
     return Player(
@@ -110,6 +116,7 @@ def make_player(
             models=models,
             plans=plans,
             steps=ledger.step_count(run.run_id),
+            ready=ready,
             hardware=probe(threads=threads),
             packages=PackageChoice(
                 substitutions=chosen,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from replay.catalog import Target, resolve, short
 from replay.commands import screen
-from replay.errors import PinRefused
+from replay.errors import PinRefused, ReplayRefused
 from replay.jobs import MODES, Report
 from replay.launch import died
 from replay.verdict import EXIT_FAILED, ReplayVerdict, Verdict, exit_code, tally
@@ -54,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop-at-first", action="store_true", help="of a preparation: end at the first stage that differs"
     )
+    parser.add_argument("--together", action="store_true",
+                        help="run every recorded call of a whole run once, with all its rows: faster, and all its "
+                        "tenants' prompts in one batch as they were")  # fmt: skip
     parser.add_argument("--repeat", type=_repeat, default=1, metavar="N", help="run everything N times (default 1)")
 
 
@@ -69,6 +72,11 @@ def run(arguments: argparse.Namespace) -> int:
     target = resolve(ledger, arguments.id)
     if target.request_ref is None and is_preparation(ledger, target.run_id):
         return run_preparation(arguments, ledger, target)
+    if arguments.together and (target.request_ref or arguments.settings or arguments.mode != "faithful"):
+        raise ReplayRefused(
+            "--together replays a whole run, faithfully and under its own pins",
+            fix="Name the run, without --set and --mode; one request replays from its slice.",
+        )
     recorded = load_run(ledger, target.run_id, only=None if target.request_ref is None else [target.request_ref])
     wanted = list(recorded.requests) if target.request_ref is None else [target.request_ref]
     try:
@@ -124,6 +132,7 @@ def _replay(arguments: argparse.Namespace, ledger: Ledger, target: Target, *, to
             mode=arguments.mode,
             settings=arguments.settings,
             repeat=arguments.repeat,
+            together=arguments.together,
             on_verdict=count,
             on_report=_teller(lambda state: bar.update(task, state=state)),
             on_progress=lambda state: bar.update(task, state=state),
@@ -134,6 +143,8 @@ def _teller(tell: Callable[[str], None]) -> Callable[[Report], None]:
     def on_report(report: Report) -> None:
         if report.kind == "loading":
             tell(f"loading {str(report.body['package'])[:19]}")
+        elif report.kind == "progress":
+            tell(f"{report.body['generations']} generations computed together in {report.body['calls']} calls")
 
     return on_report
 

@@ -114,6 +114,30 @@ def test_two_packages_are_told_apart_by_the_preparation_stage_at_which_they_part
     assert "a09 warm" in shown
 
 
+def test_a_whole_run_replays_together_with_equal_verdicts(
+    recorded: Recorded, replay: Replay, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All rows of a recorded call at once: every request exact, through the same stages; one request is refused it."""
+    said: list[Report] = []
+    job = Job(ledger=recorded.path, run_id=recorded.run_id, requests=recorded.references(), together=True)
+    run_job(job, said.append)
+    (ready,) = [report.body for report in said if report.kind == "progress"]
+    verdicts = {one.body["request"]: one.body["verdict"] for one in said if one.kind == "verdict"}
+    apart = {reference: verdict.to_document() for reference, verdict in replay().items()}
+    slices = [one["replay"].pop("slice") for one in apart.values()]
+    assert ready["generations"] >= 12
+    assert ready["calls"] < sum(one["own_calls"] + one["prefix_calls"] for one in slices)
+    for reference, verdict in verdicts.items():
+        assert verdict["replay"].pop("slice") is None
+        for one in (verdict, apart[reference]):
+            one["replay"].pop("run")
+        assert verdict == apart[reference]
+        assert verdict["verdict"] == "exact"
+    words = ["run", recorded.references()[0], "--together", "--ledger", str(recorded.path)]
+    assert main(words) == 2
+    assert "whole run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mode", ["faithful", "forced", "audit"])
 def test_unchanged_replays_are_exact(replay: Replay, mode: str) -> None:
     assert {verdict.verdict for verdict in replay(mode=mode).values()} == {Verdict.EXACT}

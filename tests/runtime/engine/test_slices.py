@@ -6,11 +6,13 @@ import random
 from collections import Counter
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from manifests.scheduling import SchedulingManifest
+from runtime.engine.ensemble import Ensemble
 from runtime.engine.generation import GenerationRequest, Sampling
 from runtime.engine.playback import PlanPlayer
 from tests.runtime.engine.recorded import Recording, requests_with_shared_prefixes
@@ -161,3 +163,43 @@ def test_a_replay_costs_its_slice_however_long_the_run_was() -> None:
     assert costs[0][0] == costs[1][0]
     assert costs[1][1] > 5 * costs[0][1]
     assert costs[1][0] < costs[1][1] / 10
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_whole_run_replays_together_as_it_replays_from_slices(eager: ToyModel, policy: str) -> None:
+    """All rows of a recorded call at once: the same results, in as many calls as the run had."""
+    scheduling = SchedulingManifest(policy=policy, max_num_seqs=8, max_num_batched_tokens=40, num_blocks=12)
+    draw = random.Random(5)
+    requests = requests_with_shared_prefixes(20, seed=5, vocab_size=250, longest_output=24, stop=249)
+    ticks = [draw.randrange(30) for _ in requests]
+    recording = record_steps(eager, scheduling, requests, ticks, leaves={4: ticks[4] + 6})
+    members = dict(enumerate(zip(recording.requests, recording.results, strict=True)))
+    ensemble = Ensemble(eager.executor, None, scheduling, members)
+    together = ensemble.play(recording.plans)
+    player = PlanPlayer(eager.executor, None, scheduling, recording.plans, recording.sequences)
+    alone_calls = 0
+    for index, (request, result) in members.items():
+        playback = player.play(request, "faithful", result)
+        alone_calls += playback.slice.own_calls + playback.slice.prefix_calls
+        assert together[index].document() == playback.result.document() == result.document()
+        assert together[index].steps == result.steps
+        assert together[index].cached_tokens == result.cached_tokens
+        assert together[index].preemptions == result.preemptions
+    assert ensemble.calls == sum(len(plan.calls) for plan in recording.plans)
+    assert ensemble.calls * 2 < alone_calls
+
+
+def test_one_that_leaves_the_recording_takes_no_other_with_it(eager: ToyModel) -> None:
+    """Other draws for one member: its tokens differ, it ends early or late, and all others stay as they were."""
+    scheduling = SchedulingManifest(max_num_seqs=8, max_num_batched_tokens=64, num_blocks=40)
+    requests = requests_with_shared_prefixes(10, seed=6, vocab_size=250, longest_output=20)
+    recording = record_steps(eager, scheduling, requests, [0] * 10)
+    members = dict(enumerate(zip(recording.requests, recording.results, strict=True)))
+    for limit in (2, 60):
+        sampling = msgspec.structs.replace(requests[3].sampling, temperature=2.0, seed=99, max_tokens=limit)
+        changed = members | {3: (msgspec.structs.replace(requests[3], sampling=sampling), recording.results[3])}
+        together = Ensemble(eager.executor, None, scheduling, changed).play(recording.plans)
+        assert (3 in together) == (limit == 2)  # past the recorded rows it has no result: its slice goes on alone
+        for index, (_, result) in members.items():
+            if index != 3:
+                assert together[index].document() == result.document()
