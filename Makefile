@@ -15,7 +15,7 @@ help:
 	@echo "make demo       record an incident, replay it bit for bit, name the pin that differs"
 	@echo "make test       the whole test suite"
 	@echo "make check      style, types, floors, and the tests of our names"
-	@echo "make bench      paired benchmarks, reported as ratios"
+	@echo "make bench      paired benchmarks, and this engine beside others, as ratios"
 	@echo "make trials     the long crash and replay trials"
 	@echo "make dashboard  the trace-analysis pages over ./ledger (LEDGER=folder for another)"
 
@@ -39,6 +39,7 @@ check: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m pytest -q tests/bench -m "" --benchmark-enable -s
+	$(BIN)/python -m tests.bench.peers --json .cache/bench/peers.json
 
 trials: .venv/ready
 	$(BIN)/python -m pytest -q -m slow --timeout 7200

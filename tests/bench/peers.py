@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.bench.comparison import comparison_checkpoint
+from tests.bench.comparison import quiet_checkpoint
 from tests.bench.peer import KINDS
 
 REFERENCE = "transformers"
@@ -149,7 +149,7 @@ def compare(kinds: list[str], *, cache: Path, repetitions: int) -> dict[str, Any
     peers: dict[str, Peer] = {}
     figures: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="replaylab-peers-") as folder:
-        checkpoint = comparison_checkpoint(Path(folder) / "checkpoint")
+        checkpoint = quiet_checkpoint(Path(folder) / "checkpoint")
         try:
             for kind in kinds:
                 try:
@@ -158,6 +158,7 @@ def compare(kinds: list[str], *, cache: Path, repetitions: int) -> dict[str, Any
                     absent[kind] = str(reason)
             answers = {kind: peer.tokens(0) for kind, peer in peers.items()}
             for case in CASES:
+                print(f"{case.name}: {len(peers)} engines, {repetitions} turns", file=sys.stderr, flush=True)
                 for turn in range(repetitions + 1):
                     for kind, peer in peers.items():
                         speed = peer.measure(case, turn)
@@ -192,6 +193,10 @@ def table(found: dict[str, Any]) -> str:
         cells = [f"{statistics.median(cases[n]):8.0f} ({ratio.get(n, float('nan')):4.2f})" for n in names]
         lines.append(f"{kind:34}" + "".join(f"{cell:>17}" for cell in cells))
     lines += [f"{kind:34}{reason}" for kind, reason in found["absent"].items()]
+    answers: dict[str, list[int]] = found["answers"]
+    others = [kind for kind, tokens in answers.items() if tokens != answers.get(REFERENCE, tokens)]
+    same = "all give the same tokens to one prompt, greedy"
+    lines.append(f"other tokens than {REFERENCE}: {', '.join(others)}" if others else same)
     return "\n".join(lines)
 
 
@@ -209,6 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = compare(kinds, cache=options.cache.resolve(), repetitions=options.repetitions)
     print(table(found))
     if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0
 

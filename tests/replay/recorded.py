@@ -10,6 +10,7 @@ import runtime.models.reference as reference
 from experiments.arrivals import Sent
 from experiments.recording import Answered, Recording, record_workload
 from experiments.workloads import Workload, WorkloadItem, WorkloadRequest
+from runtime.backends.protocol import BuildOptions
 from runtime.models.random_checkpoint import random_checkpoint
 from runtime.models.reference import task
 from runtime.prepare.pipeline import prepare
@@ -49,8 +50,14 @@ class Recorded:
         )
 
 
-def prepare_packages(folder: Path) -> tuple[PackageStore, dict[str, str]]:
-    """Prepare a tiny random model for eager in both precisions."""
+def prepare_packages(
+    folder: Path,
+    *,
+    backend: str = "eager",
+    precisions: tuple[str, ...] = ("float32", "bfloat16"),
+    batch_invariant: bool = False,
+) -> tuple[PackageStore, dict[str, str]]:
+    """Prepare a tiny random model, for eager in both precisions unless asked otherwise."""
     tokenizer = Path(reference.__file__).parent / "tokenizer.json"
     model = folder / "model"
     random_checkpoint(
@@ -60,8 +67,13 @@ def prepare_packages(folder: Path) -> tuple[PackageStore, dict[str, str]]:
     shutil.copy(tokenizer, model / "tokenizer.json")
     store = PackageStore(folder / "ledger")
     packages = {
-        precision: prepare(model, backend="eager", precision=precision, store=store).digest
-        for precision in ("float32", "bfloat16")
+        precision: prepare(
+            model,
+            backend=backend,
+            store=store,
+            options=BuildOptions(precision=precision, batch_invariant=batch_invariant),
+        ).digest
+        for precision in precisions
     }
     return store, packages
 
@@ -84,9 +96,9 @@ def workload() -> Workload:
     return Workload(name="twelve", items=(*items, raw))
 
 
-async def record(folder: Path) -> Recorded:
+async def record(folder: Path, prepared: tuple[PackageStore, dict[str, str]] | None = None) -> Recorded:
     """Record the workload."""
-    store, packages = prepare_packages(folder)
+    store, packages = prepared or prepare_packages(folder)
     path = folder / "ledger"
     deployment = create_support_desk(folder / "desk", seed=SEED, packages={"primary": packages["float32"]})
     recording = await record_workload(workload(), ledger=path, deployment=deployment, store=store, label="twelve")
