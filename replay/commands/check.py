@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from replay.catalog import resolve, short
 from replay.commands import screen
 from replay.plan import Level, Reach
+
+if TYPE_CHECKING:
+    from traces.ledger.ledger import Ledger
 
 EXAMPLE = """\
 levels: bitwise, token (same model, but something that reaches the bits is not as it was), decision (no model),
@@ -22,17 +26,20 @@ exit codes: 0 bitwise is reachable, 1 less than that, 2 no such recording
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `replay check`."""
     parser.epilog = EXAMPLE
-    parser.add_argument("id", metavar="ID", help="a request or a run")
+    parser.add_argument("id", metavar="ID", help="a request, a run, or a preparation")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Assess a request, or every request of a run."""
     from replay.plan import assess
+    from replay.preparations import is_preparation
     from replay.records import load_run
     from replay.surroundings import surroundings_of
 
     ledger = screen.open_ledger(arguments.ledger)
     target = resolve(ledger, arguments.id)
+    if target.request_ref is None and is_preparation(ledger, target.run_id):
+        return _preparation(ledger, target.run_id, as_json=arguments.json)
     recorded = load_run(ledger, target.run_id, only=None if target.request_ref is None else [target.request_ref])
     surroundings = surroundings_of(ledger, recorded)
     wanted = list(recorded.requests) if target.request_ref is None else [target.request_ref]
@@ -45,6 +52,19 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print_many(found)
     return 0 if all(reach.level is Level.BITWISE for reach in found.values()) else 1
+
+
+def _preparation(ledger: Ledger, run_id: str, *, as_json: bool) -> int:
+    """Assess whether a preparation can be rebuilt to the bit."""
+    from replay.preparation_check import assess_preparation
+    from replay.preparations import load_preparation
+
+    reach = assess_preparation(ledger, load_preparation(ledger, run_id))
+    if as_json:
+        screen.print_json({"run": run_id, "request": None} | reach.to_document())
+    else:
+        _print_one(reach)
+    return 0 if reach.level is Level.BITWISE else 1
 
 
 def _print_one(reach: Reach) -> None:

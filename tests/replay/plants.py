@@ -188,8 +188,8 @@ OWN: Mapping[str, Mapping[str, Plant]] = {
             ),
         ),
         "a06": Plant(
-            "code without symbols",
-            patch=another_argument("--compile-from=flow", "--iree-llvmcpu-debug-symbols=false"),
+            "smaller tiles",
+            patch=another_argument("--compile-from=flow", "--iree-llvmcpu-distribution-size=16"),
         ),
     },
 }

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from replay.cli import main
+from replay.preparation_check import assess_preparation
 from replay.preparations import load_preparation
 from replay.rebuild import RebuildJob, rebuild
 from replay.verdict import ReplayVerdict, Verdict
@@ -129,6 +130,8 @@ def test_the_command_rebuilds_in_a_worker_and_shows_lists_and_compares(
     rows = {row["run"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows[run]["subject"] == "tiny eager float32"
     assert rows[child]["verdicts"] == {"exact": 1}
+    assert main(["check", run, *place]) == 0
+    assert "bitwise" in capsys.readouterr().out
     assert main(["diff", run, child, *place]) == 0
     capsys.readouterr()
     assert main(["diff", run, recorded("onnxruntime"), *place, "--json"]) == 1
@@ -149,6 +152,8 @@ def test_the_model_is_found_by_its_digest_or_refused_by_its_pin(
     try:
         verdict = again(run)
         assert (verdict.verdict, verdict.refused_pin) == (Verdict.REFUSED, "artifact.model_digest")
+        (missing,) = assess_preparation(Ledger(ledger), load_preparation(Ledger(ledger), run)).missing
+        assert missing.pin == "artifact.model_digest"
         verdict = again(run, "compiler.flags.norm=unfused", model=moved, stop_at_first=True)
         assert verdict.stage == "a01", "a folder that is named is looked into"
     finally:
