@@ -110,7 +110,8 @@ class InputContract:
         _check_range("context_lengths", context_lengths, context)
 
 
-def _refuse(name: str, rule: str, expected: object, actual: object) -> InputRefused:
+def refuse(name: str, rule: str, expected: object, actual: object) -> InputRefused:
+    """Make the error of a broken rule; decoders and one-shot models give the same one."""
     return InputRefused(
         f"step input {name}: {rule} is {actual}, expected {expected}",
         fix="keep calls inside the package's contract (`replaylab packages show DIGEST`)",
@@ -128,22 +129,22 @@ def _refuse(name: str, rule: str, expected: object, actual: object) -> InputRefu
 def _check_array(name: str, value: Integers, rank: int) -> None:
     kind = getattr(value, "dtype", None)
     if kind != _INT64:
-        raise _refuse(name, "dtype", "int64", kind if kind is not None else type(value).__name__)
+        raise refuse(name, "dtype", "int64", kind if kind is not None else type(value).__name__)
     if value.ndim != rank:
-        raise _refuse(name, "rank", rank, value.ndim)
+        raise refuse(name, "rank", rank, value.ndim)
 
 
 def _check_size(symbol: str, name: str, size: int, most: int) -> None:
     if not 1 <= size <= most:
-        raise _refuse(name, f"bound of {symbol}", f"1..{most}", size)
+        raise refuse(name, f"bound of {symbol}", f"1..{most}", size)
 
 
 def _check_relation(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if shape != expected:
-        raise _refuse(name, "relation of dimensions", expected, shape)
+        raise refuse(name, "relation of dimensions", expected, shape)
 
 
 def _check_range(name: str, value: Integers, most: int) -> None:
     # As unsigned numbers, negative indices are huge: one reduction checks both ends.
     if int(value.view(np.uint64).max()) > most:
-        raise _refuse(name, "index range", f"0..{most}", f"{int(value.min())}..{int(value.max())}")
+        raise refuse(name, "index range", f"0..{most}", f"{int(value.min())}..{int(value.max())}")

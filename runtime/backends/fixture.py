@@ -10,20 +10,15 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from runtime.backends.comparison import TOLERANCE, Comparison
 from runtime.backends.contract import Integers
 from runtime.backends.eager import EagerExecutor
 from runtime.backends.errors import BackendRefused, ExecutionFailed
 from runtime.backends.protocol import Executor, Floats
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1, "int8": 1e-1}
-"""Largest accepted root mean square difference from eager float32, as a share of the reference's root mean square.
-
-Measured: 3e-6 and 5e-2.  Not the largest difference: a trained model's sharp attention moves single bfloat16 logits by
-a tenth of the largest while every likeliest token stays."""
 ROWS, PROMPT, CHUNK, STEPS = 3, 12, 5, 3
 
 
@@ -45,37 +40,6 @@ class FixtureOutput:
         return {
             name: "sha256:" + hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
             for name, array in zip(self.names, self.logits, strict=True)
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """How far a backend is from eager float32 on the fixture."""
-
-    max_abs: float
-    scale: float
-    """Largest absolute reference logit."""
-    relative_rms: float
-    """Root mean square of the difference over that of the reference."""
-    tolerance: float
-    argmax_equal: int
-    argmax_total: int
-
-    @property
-    def within(self) -> bool:
-        """Whether the difference is inside the stated tolerance."""
-        return self.relative_rms <= self.tolerance
-
-    def document(self) -> dict[str, Any]:
-        """Describe the comparison; numbers as text, since floats are not hashed."""
-        return {
-            "reference": "eager float32",
-            "max_abs": f"{self.max_abs:.3e}",
-            "largest_logit": f"{self.scale:.3e}",
-            "relative_rms": f"{self.relative_rms:.3e}",
-            "tolerance": f"relative_rms {self.tolerance:g}",
-            "argmax_equal": f"{self.argmax_equal}/{self.argmax_total}",
-            "within": self.within,
         }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,23 @@ def load_inductor(package: Path, spec: LoadSpec) -> InductorExecutor:
     hold_threads(spec.threads)
     if spec.batch_invariant:
         check_process(spec.flags)
+    executor = InductorExecutor(open_package(package / PACKAGE), spec)
+    check_machine(executor.metadata())
+    with checks_switched_on():
+        pool = executor.new_pool(2)  # the smallest that the program admits
+        one, none = np.zeros((1, 1), dtype=np.int64), np.zeros(1, dtype=np.int64)
+        executor.step(one, one, one, none, pool)
+    return executor
+
+
+def open_package(path: Path) -> Any:
+    """Load a compiled package; `BackendRefused` where it cannot be.
+
+    What torch._inductor.aoti_load_package does, without importing the compiler (a second, and 100 MB) into a server.
+    """
     try:
-        compiled = _open(package / PACKAGE)
+        loader: Any = torch._C._aoti.AOTIModelPackageLoader  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+        return loader(str(path), "model", False, 1, -1)
     except Exception as error:  # the loader raises RuntimeError, OSError and zip errors
         text = str(error).splitlines()[0][:500] if str(error) else type(error).__name__
         raise BackendRefused(
@@ -51,20 +68,11 @@ def load_inductor(package: Path, spec: LoadSpec) -> InductorExecutor:
             fix="prepare the model again on this machine",
             evidence={"provider_log": text, "runtime_version": str(torch.__version__)},
         ) from error
-    executor = InductorExecutor(compiled, spec)
-    _check_machine(executor.metadata())
-    _switch_on_checks(executor)
-    return executor
 
 
-def _open(path: Path) -> Any:
-    # What torch._inductor.aoti_load_package does, without importing the compiler (a second, and 100 MB) into a server.
-    loader: Any = torch._C._aoti.AOTIModelPackageLoader  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
-    return loader(str(path), "model", False, 1, -1)
-
-
-def _switch_on_checks(executor: InductorExecutor) -> None:
-    """Run one token with the compiled checks enabled.
+@contextmanager
+def checks_switched_on() -> Generator[None]:
+    """Have the compiled checks enabled during the first call of a package.
 
     The code reads the variable once, at its first call, so the process's environment, which is a pin, stays as it was.
     Without the checks a wrong static dimension answers wrong numbers.
@@ -72,9 +80,7 @@ def _switch_on_checks(executor: InductorExecutor) -> None:
     before = os.environ.get(CHECK_VARIABLE)
     os.environ[CHECK_VARIABLE] = "1"
     try:
-        pool = executor.new_pool(2)  # the smallest that the program admits
-        one, none = np.zeros((1, 1), dtype=np.int64), np.zeros(1, dtype=np.int64)
-        executor.step(one, one, one, none, pool)
+        yield
     finally:
         if before is None:
             del os.environ[CHECK_VARIABLE]
@@ -82,7 +88,7 @@ def _switch_on_checks(executor: InductorExecutor) -> None:
             os.environ[CHECK_VARIABLE] = before
 
 
-def _check_machine(metadata: dict[str, str]) -> None:
+def check_machine(metadata: dict[str, str]) -> None:
     """Refuse code for another platform: the loader itself does not compare."""
     found = (metadata.get("AOTI_PLATFORM"), metadata.get("AOTI_MACHINE"))
     here = (platform.system().lower(), platform.machine())

@@ -112,6 +112,7 @@ def compile_program(request: dict[str, Any], reporter: Reporter) -> None:
     """Load the program, compile it into a package file and report each part."""
     import torch
     from torch._inductor import aoti_compile_and_package, metrics
+    from torch.utils import _pytree as pytree
 
     torch.set_num_threads(request["threads"])
     observed = Observed()
@@ -119,6 +120,10 @@ def compile_program(request: dict[str, Any], reporter: Reporter) -> None:
     watch_commands(observed)
     watch_graph(observed, reporter)
     exported = torch.export.load(request["program"])
+    nesting = exported.call_spec.in_spec
+    if not exported.example_inputs and nesting is not None:  # a saved program's own are never read
+        made = [torch.zeros(shape, dtype=getattr(torch, dtype)) for dtype, shape in request["examples"]]
+        exported.example_inputs = pytree.tree_unflatten(made, nesting)
     with torch.no_grad():
         aoti_compile_and_package(
             exported,

@@ -15,7 +15,7 @@ from runtime.backends.build_process import BuildProcess
 from runtime.backends.errors import BackendRefused
 from runtime.backends.inductor import PACKAGE
 from runtime.backends.inductor_build import inductor_process
-from runtime.backends.inductor_package import canonicalize, read_package
+from runtime.backends.inductor_package import canonicalize, enforced_bounds, read_package
 from runtime.backends.invariant import recipe_of
 from runtime.backends.lowering import ExportedLowering, target, unknown
 from runtime.backends.protocol import Boundary
@@ -54,7 +54,7 @@ class InductorLowering(ExportedLowering):
 
     def optimize(self) -> Boundary:
         """Stage 4: graph passes, up to the point where operations are scheduled."""
-        source, symbols = self.work / "program.pt2", self.options.program_bounds.symbols()
+        source = self.work / "program.pt2"
         source.write_bytes(self.program.serialized)
         self._build = inductor_process(
             {
@@ -62,9 +62,15 @@ class InductorLowering(ExportedLowering):
                 "output": str(self.work / PACKAGE),
                 "freezing": self.freezing,
                 "settings": self.settings,
+                "examples": [
+                    [str(value.dtype).removeprefix("torch."), list(value.shape)] for value in self.program.inputs
+                ],
                 "metadata": {
                     "replaylab.source": self.program.digest,
-                    **{f"replaylab.range.{k}": f"{v[0]},{v[1]}" for k, v in symbols.items()},
+                    **{
+                        f"replaylab.range.{name}": f"{low},{'' if high is None else high}"
+                        for name, (low, high) in self.program.declared.items()
+                    },
                 },
             },
             self.work,
@@ -111,7 +117,10 @@ class InductorLowering(ExportedLowering):
         canonicalize(package)
         contents = read_package(package)
         programs.check_conserved(
-            contents["symbols"], self.options.program_bounds, stage="a06", where="the compiled package's checks"
+            enforced_bounds(contents["limits"], programs.signature(self.program)),
+            {name: [high] for name, (_, high) in self.program.declared.items() if high is not None},
+            stage="a06",
+            where="the compiled package's checks",
         )
         self._isa, self._compiler = contents["isa"], report["compiler"]
         build_us = sum(entry["us"] for entry in report["commands"])

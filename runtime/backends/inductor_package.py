@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,6 @@ COMMAND_COMMENT = b"\n// Compile cmd"
 IDENTITY_MEMBER = ".data/serialization_id"
 """torch's own hash over the members, comments included; it would repeat the difference."""
 ENFORCED = re.compile(r"input_handles\[(\d+)\]: dim value is too large at (\d+), \"\s*<< \"expected to be <= (\d+)")
-SYMBOL_PLACES = {"B": (0, 0), "T": (0, 1), "S": (4, 1)}
-"""Where each symbol's bound stands in the compiled checks: (input, dimension)."""
 
 
 def canonicalize(path: Path) -> None:
@@ -46,9 +45,24 @@ def read_package(path: Path) -> dict[str, Any]:
     library = Counter(re.findall(r"aoti_torch_cpu_\w+(?=\()", wrapper))
     isa = re.search(r'"AOTI_CPU_ISA": "([^"]*)"', metadata)
     return {
-        "symbols": {name: [1, limits[place]] for name, place in SYMBOL_PLACES.items() if place in limits},
+        "limits": limits,
         "library": dict(sorted(library.items())),
         "openmp_regions": kernels.count("#pragma omp parallel"),
         "code_bytes": text_section_bytes(shared),
         "isa": isa.group(1) if isa else "unknown",
     }
+
+
+def enforced_bounds(
+    limits: Mapping[tuple[int, int], int], signature: Mapping[str, Mapping[str, Any]]
+) -> dict[str, list[int]]:
+    """Give the largest size of each symbol that the compiled checks enforce, at the first place where it stands.
+
+    `limits` is by (input, dimension); a dimension is a symbol where its text is a name alone.
+    """
+    found: dict[str, list[int]] = {}
+    for place, entry in enumerate(signature.values()):
+        for axis, name in enumerate(entry["shape"]):
+            if str(name).isidentifier() and (place, axis) in limits:
+                found.setdefault(name, [limits[place, axis]])
+    return found

@@ -3,42 +3,40 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
-from torch.export import ExportedProgram
 
 from runtime.backends import program as programs
-from runtime.backends.contract import Bounds
-from runtime.backends.errors import BuildFailed
+from runtime.backends.errors import BuildFailed, InputRefused
 from runtime.backends.inventory import without_schema
+from runtime.backends.program import CapturedProgram
 
 RANGE = "replaylab.range."
 SOURCE = "replaylab.source"
-EXPECTED = {
-    "token_ids": ["B", "T"],
-    "positions": ["B", "T"],
-    "slots": ["B", "S"],
-    "context_lengths": ["B"],
-}
 
 
-def prepare_model(exported: Any, program: ExportedProgram, *, source: str) -> onnx.ModelProto:
+def prepare_model(exported: Any, program: CapturedProgram) -> onnx.ModelProto:
     """Give symbols their declared names, and write bounds and source into the metadata: ONNX itself holds no bounds."""
     model: onnx.ModelProto = exported.model_proto
-    names = programs.symbol_names(program)
+    names, free = {text: name for text, name in program.names.items() if name in program.declared}, program.free
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param:
                 dimension.dim_param = re.sub(
-                    r"\bs\d+\b", lambda match: names.get(match.group(), "P"), dimension.dim_param
+                    r"\bs\d+\b", lambda match: names.get(match.group(), free or match.group()), dimension.dim_param
                 )
-    metadata = {f"{RANGE}{name}": f"{low},{high}" for name, (low, high) in programs.ranges(program).items()}
+    annotate(model, programs.ranges(program), source=program.digest)
+    return model
+
+
+def annotate(model: onnx.ModelProto, ranges: Mapping[str, Sequence[int | None]], *, source: str) -> None:
+    """Write ranges of symbols and the source's digest into the metadata; an open end is written as nothing."""
+    metadata = {f"{RANGE}{name}": f"{low},{'' if high is None else high}" for name, (low, high) in ranges.items()}
     for key, text in {**metadata, SOURCE: source}.items():
         entry = model.metadata_props.add()
         entry.key, entry.value = key, text
-    return model
 
 
 def check_model(model: onnx.ModelProto) -> None:
@@ -74,18 +72,35 @@ def signature(model: onnx.ModelProto) -> dict[str, dict[str, Any]]:
     return described
 
 
-def check_dimensions(model: onnx.ModelProto, bounds: Bounds, *, stage: str) -> None:
+def check_dimensions(
+    model: onnx.ModelProto,
+    expected: Mapping[str, Sequence[str]],
+    declared: Mapping[str, Sequence[int | None]],
+    *,
+    stage: str,
+) -> None:
     """Refuse a graph that lost a dynamic dimension, a relation between dimensions, or the recorded bounds."""
     found = dimensions(model)
-    kept: dict[str, list[int]] = {}
+    kept: dict[str, list[int | None]] = {}
     for entry in model.metadata_props:
         if entry.key.startswith(RANGE):
             low, high = entry.value.split(",")
-            kept[entry.key.removeprefix(RANGE)] = [int(low), int(high)]
-    lost = {name: found.get(name) for name, shape in EXPECTED.items() if found.get(name) != shape}
+            kept[entry.key.removeprefix(RANGE)] = [int(low), int(high) if high else None]
+    lost = {name: found.get(name) for name, shape in expected.items() if found.get(name) != list(shape)}
+    programs.check_conserved(kept, declared, stage=stage, where=f"the ONNX graph ({lost or 'bounds'})")
     if lost:
-        kept = {}
-    programs.check_conserved(kept, bounds, stage=stage, where=f"the ONNX graph ({lost or 'bounds'})")
+        raise InputRefused(
+            f"the ONNX graph has the dimensions {lost}: a stage specialized the program silently",
+            fix="declare the bounds that the backend keeps, or choose another backend",
+            evidence={"input_signature": str(lost), "guard": str(dict(expected)), "compile_event": "ONNX"},
+            stage=stage,
+        )
+
+
+def expected_dimensions(program: CapturedProgram) -> dict[str, list[str]]:
+    """Give the symbolic shape that every input must keep through each form of the program."""
+    described = programs.signature(program)
+    return {name: entry["shape"] for name, entry in described.items() if name not in program.unchecked}
 
 
 def crossing_edges(model: onnx.ModelProto, owners: Mapping[str, str]) -> list[dict[str, str]]:

@@ -105,9 +105,14 @@ LEVELS: Mapping[str, Any] = {
 
 def open_session(path: Path, options: Any, providers: tuple[str, ...]) -> onnxruntime.InferenceSession:
     """Open a session and hold it to the requested providers: ONNX Runtime itself falls back with a mere warning."""
+    return open_session_of(str(path), options, providers)
+
+
+def open_session_of(model: str | bytes, options: Any, providers: tuple[str, ...]) -> onnxruntime.InferenceSession:
+    """Open a session on a file's path or on a model's bytes; see `open_session`."""
     check_available(providers)
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        session = onnxruntime.InferenceSession(model, options, providers=list(providers))
     except Exception as error:  # ONNX Runtime's classes derive from Exception directly
         text = str(error).splitlines()[0][:500]
         raise BuildFailed(

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import onnxruntime
@@ -19,12 +19,14 @@ from runtime.backends import onnx_graph
 from runtime.backends import program as programs
 from runtime.backends.contract import InputContract
 from runtime.backends.errors import BackendRefused, BuildFailed
-from runtime.backends.fixture import compare_with_reference, run_fixture
 from runtime.backends.lowering import ExportedLowering, target, unknown
+from runtime.backends.one_shot import OneShotSpec
 from runtime.backends.onnx_transfers import copy_estimate, sized_edges
 from runtime.backends.onnxruntime import MODEL, PROVIDERS, SETTINGS, OrtExecutor, open_session, session_options
+from runtime.backends.onnxruntime_one_shot import OrtOneShot
 from runtime.backends.onnxruntime_passes import DISABLED, Rewriting
 from runtime.backends.onnxruntime_quantization import DESCRIPTION, quantize
+from runtime.backends.program import StepProgram
 from runtime.backends.protocol import Boundary, LoadSpec
 
 FLAGS = {
@@ -35,6 +37,8 @@ FLAGS = {
 """Flags that a caller may set, and the session setting behind each."""
 OPSET = 23
 """The first with RMS norm and attention as operators of their own: a third fewer nodes than opset 18."""
+ONE_SHOT_OPSET = 20
+"""Of programs that are not ours: in opset 23, ONNX Runtime refuses an attention mask that has to be broadcast."""
 DEFAULT_LEVEL = "extended"
 """The highest level whose result does not depend on this machine's layout preferences."""
 
@@ -65,17 +69,18 @@ class OrtLowering(ExportedLowering):
     def capture(self) -> Boundary:
         """Stage 1: the exported program, then its ONNX form with the bounds as metadata."""
         base = super().capture()
-        inputs = programs.example_inputs(self.program.checkpoint.config, self.options.precision)
+        names: dict[str, Any] = {} if self.step_program else {"input_names": list(self.program.input_names)}
         start = time.perf_counter_ns()
         try:
             with torch.no_grad(), programs.quiet_exporters() as noted:
                 exported = torch.onnx.export(
                     self.program.exported,
-                    inputs,
+                    self.program.inputs,
                     dynamo=True,
                     verbose=False,
-                    output_names=list(programs.OUTPUTS),
-                    opset_version=OPSET,
+                    output_names=list(self.program.output_names),
+                    opset_version=OPSET if self.step_program else ONE_SHOT_OPSET,
+                    **names,
                 )
         except Exception as error:  # ConversionError and its causes share no base
             text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
@@ -85,7 +90,7 @@ class OrtLowering(ExportedLowering):
                 evidence={"operator_details": " ".join(text)[:1000], "exception": type(error).__name__},
                 stage="a01",
             ) from error
-        self._model = onnx_graph.prepare_model(exported, self.program.exported, source=self.program.digest)
+        self._model = onnx_graph.prepare_model(exported, self.program)
         data = self._model.SerializeToString(deterministic=True)
         name = "sha256:" + hashlib.sha256(data).hexdigest()
         opsets = ", ".join(f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in self._model.opset_import)
@@ -122,7 +127,7 @@ class OrtLowering(ExportedLowering):
     def analyze(self) -> Boundary:
         """Stage 3: the program's constraints, and that ONNX kept the same dimensions."""
         base = super().analyze()
-        onnx_graph.check_dimensions(self._model, self.options.program_bounds, stage="a03")
+        self._check_dimensions(self._model, stage="a03")
         record = {**base.record, "dynamic_dimensions": onnx_graph.dimensions(self._model)}
         return Boundary({**base.emitted, "onnx_dimensions": onnx_graph.dimensions(self._model)}, record)
 
@@ -138,11 +143,12 @@ class OrtLowering(ExportedLowering):
         rewritten = [f"quantize {DESCRIPTION}"] if quantized else []
         self._passes = (*rewritten, *ran.names)
         after = onnx.load(str(self._optimized))
-        onnx_graph.check_dimensions(after, self.options.program_bounds, stage="a04")
-        comparison = compare_with_reference(self._executor(), self.model_folder)
+        self._check_dimensions(after, stage="a04")
+        comparison = self.compare(self._executor())
         if not comparison.within:
             raise BackendRefused(
-                f"the optimized graph differs from eager by {comparison.relative_rms:.2e} (relative root mean square)",
+                f"the optimized graph differs from {comparison.reference} by {comparison.relative_rms:.2e} (relative "
+                "root mean square)",
                 fix="lower the optimization level",
                 evidence={"validation_output": json.dumps(comparison.document())},
                 stage="a04",
@@ -236,25 +242,33 @@ class OrtLowering(ExportedLowering):
             disabled=tuple(filter(None, names)),
         )
 
-    def _executor(self, **changes: Any) -> OrtExecutor:
-        config = self.program.checkpoint.config
+    def _check_dimensions(self, model: onnx.ModelProto, *, stage: str) -> None:
+        expected = onnx_graph.expected_dimensions(self.program)
+        onnx_graph.check_dimensions(model, expected, self.program.declared, stage=stage)
+
+    def _executor(self, **changes: Any) -> OrtExecutor | OrtOneShot:
+        options = session_options(threads=self.options.threads, settings=self.settings)
+        for name, value in changes.items():
+            setattr(options, name, value)
+        session = open_session(self._optimized, options, self.providers)
+        model, threads = self.one_shot(), self.options.threads
+        if model is not None:
+            return OrtOneShot(session, OneShotSpec(contract=model.contract, threads=threads, providers=self.providers))
+        config = cast(StepProgram, self.program).checkpoint.config
         spec = LoadSpec(
             config=config,
             contract=InputContract.of(config, self.options.bounds),
             precision=self.options.precision,
-            threads=self.options.threads,
+            threads=threads,
             providers=self.providers,
             batch_invariant=self.options.batch_invariant,
         )
-        options = session_options(threads=spec.threads, settings=self.settings)
-        for name, value in changes.items():
-            setattr(options, name, value)
-        return OrtExecutor(open_session(self._optimized, options, self.providers), spec)
+        return OrtExecutor(session, spec)
 
     def _profile(self) -> dict[str, dict[str, int]]:
         prefix = self.work / "profile"
         executor = self._executor(enable_profiling=True, profile_file_prefix=str(prefix))
-        run_fixture(executor)
+        self.exercise(executor)
         path = Path(executor.end_profiling())
         events = [event["args"] for event in json.loads(path.read_text()) if event["name"].endswith("_kernel_time")]
         path.unlink()

@@ -7,7 +7,7 @@ import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from manifests.canonical import digest
-from runtime.backends.contract import Bounds, InputContract
+from runtime.backends.contract import Bounds
 from runtime.backends.errors import BackendRefused, BuildFailed, InputRefused
 from runtime.backends.protocol import BuildOptions
 from runtime.backends.torch_executor import hold_threads
@@ -36,22 +36,44 @@ POOL_SLOTS = (2, 1 << 24)
 """Range of the pool's slots a layer; any size works, so it is a symbol and no pin of the package."""
 
 
-@dataclass(frozen=True)
-class StepProgram:
-    """A checkpoint as decoder module and as exported program."""
+@dataclass(frozen=True, kw_only=True)
+class CapturedProgram:
+    """An exported program with all that a backend needs to know of it, wherever it came from."""
 
-    checkpoint: Checkpoint
-    decoder: Decoder
+    framework: str
+    """Family of a checkpoint, or torch-export."""
+    model_digest: str
+    """Of the model as it was found."""
     exported: ExportedProgram
     serialized: bytes
-    """What `torch.export.save` wrote; byte-stable over processes."""
-    warnings: tuple[str, ...]
-    trace_us: int
+    """What `torch.export.save` wrote; byte-stable over processes for a program of our own capture."""
+    inputs: tuple[Tensor, ...]
+    """Example inputs, flat and in order; their values do not matter."""
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    names: Mapping[str, str]
+    """The exporter's text of a dynamic dimension, such as `s31`, and the name under which it is recorded."""
+    declared: Mapping[str, list[int | None]]
+    """Inclusive range of each named symbol, None for no upper end; every later stage must keep it."""
+    free: str | None = None
+    """What symbols are called that are not declared; None where all are."""
+    unchecked: frozenset[str] = frozenset()
+    """Inputs whose dimensions the runtime itself lays out, so that no stage need conserve them."""
+    warnings: tuple[str, ...] = ()
+    trace_us: int = 0
 
     @property
     def digest(self) -> str:
         """Name the program by its serialized bytes."""
         return digest(self.serialized)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepProgram(CapturedProgram):
+    """A checkpoint as decoder module and as exported program."""
+
+    checkpoint: Checkpoint
+    decoder: Decoder
 
 
 def example_inputs(config: ModelConfig, precision: str) -> tuple[Tensor, ...]:
@@ -131,14 +153,30 @@ def capture_program(model_folder: Path, options: BuildOptions, *, tile: int | No
             torch.export.save(exported, held)
     except Exception as error:  # torch.export has no common error class
         raise BuildFailed(
-            f"torch.export refused the model: {_first_line(error)}",
+            f"torch.export refused the model: {first_line(error)}",
             fix="the message names the operator or the dimension that cannot be captured",
-            evidence={"operator_details": _first_line(error), "exception": type(error).__name__},
+            evidence={"operator_details": first_line(error), "exception": type(error).__name__},
             stage="a01",
         ) from error
     spent = (time.perf_counter_ns() - start) // 1000
     check_capture(decoder, exported, inputs)
-    return StepProgram(checkpoint, decoder, exported, held.getvalue(), tuple(noted), spent)
+    return StepProgram(
+        framework=checkpoint.config.family,
+        model_digest=checkpoint.digest,
+        exported=exported,
+        serialized=held.getvalue(),
+        inputs=inputs,
+        input_names=INPUTS,
+        output_names=OUTPUTS,
+        names=_step_names(exported),
+        declared={name: list(found) for name, found in options.program_bounds.symbols().items()},
+        free="P",
+        unchecked=frozenset({"k_pool", "v_pool"}),
+        warnings=tuple(noted),
+        trace_us=spent,
+        checkpoint=checkpoint,
+        decoder=decoder,
+    )
 
 
 def forget_places(exported: ExportedProgram) -> None:
@@ -191,47 +229,58 @@ def control_flow(exported: ExportedProgram) -> list[str]:
     return sorted({*higher, *(name for name, _ in exported.graph_module.named_children())})
 
 
-def symbol_names(exported: ExportedProgram) -> dict[str, str]:
-    """Map the exporter's symbol names to B, T and S (and `layers*P` for pool rows), by the inputs they come from."""
-    placeholders = _placeholders(exported)
-    sizes = {
-        "B": placeholders["token_ids"].shape[0],
-        "T": placeholders["token_ids"].shape[1],
-        "S": placeholders["slots"].shape[1],
+def _step_names(exported: ExportedProgram) -> dict[str, str]:
+    """Name the dimensions of the functional step B, T and S, and `layers*P` for pool rows, by where they stand."""
+    found = placeholders(exported, INPUTS)
+    return {
+        str(found["token_ids"].shape[0]): "B",
+        str(found["token_ids"].shape[1]): "T",
+        str(found["slots"].shape[1]): "S",
+        str(found["k_pool"].shape[0]): "layers*P",
     }
-    return {str(size): name for name, size in sizes.items()}
 
 
-def signature(exported: ExportedProgram) -> dict[str, dict[str, Any]]:
-    """Describe every user input: dtype, symbolic shape and stride, with symbols named B, T, S and P."""
-    described: dict[str, dict[str, Any]] = {}
-    names = symbol_names(exported)
-    for name, value in _placeholders(exported).items():
-        shape = [names.get(str(size), str(size)) for size in value.shape]
-        if name.endswith("_pool"):
-            shape[0] = "layers*P"
-        described[name] = {
+def signature(program: CapturedProgram) -> dict[str, dict[str, Any]]:
+    """Describe every user input: dtype, symbolic shape with the recorded names, and whether it is contiguous."""
+    return {
+        name: {
             "dtype": str(value.dtype).removeprefix("torch."),
-            "shape": shape,
+            "shape": shape_text(value, program.names),
             "contiguous": bool(value.is_contiguous()),
         }
-    return described
+        for name, value in placeholders(program.exported, program.input_names).items()
+    }
 
 
-def ranges(exported: ExportedProgram) -> dict[str, list[int]]:
-    """Read back the range of each symbol B, T and S from the program's own constraints."""
-    names = symbol_names(exported)
-    found: dict[str, list[int]] = {}
-    for symbol, interval in exported.range_constraints.items():
-        if str(symbol) in names:
-            found[names[str(symbol)]] = [int(interval.lower), int(interval.upper)]
-    return found
+def shape_text(value: Tensor, names: Mapping[str, str]) -> list[str]:
+    """Write a symbolic shape with the recorded names."""
+    return [names.get(str(size), str(size)) for size in value.shape]
 
 
-def check_conserved(found: dict[str, list[int]], bounds: Bounds, *, stage: str, where: str) -> None:
+def ranges(program: CapturedProgram) -> dict[str, list[int | None]]:
+    """Read back the range of each declared symbol from the program's own constraints."""
+    return {
+        program.names[str(symbol)]: range_of(interval)
+        for symbol, interval in program.exported.range_constraints.items()
+        if program.names.get(str(symbol)) in program.declared
+    }
+
+
+def range_of(interval: Any) -> list[int | None]:
+    """Read an interval of the exporter; None stands for no upper end."""
+    upper = interval.upper
+    return [int(interval.lower), None if str(upper) in ("int_oo", "oo") else int(upper)]
+
+
+def check_conserved(
+    found: Mapping[str, Sequence[int | None]],
+    declared: Mapping[str, Sequence[int | None]],
+    *,
+    stage: str,
+    where: str,
+) -> None:
     """Refuse a program whose dynamic dimensions or bounds are not the declared ones: a silent specialization."""
-    declared = bounds.symbols()
-    if found != declared:
+    if {name: list(kept) for name, kept in found.items()} != {name: list(kept) for name, kept in declared.items()}:
         raise InputRefused(
             f"{where} holds the dimensions {found}, declared were {declared}: a stage specialized the program silently",
             fix="declare the bounds that the backend keeps, or choose another backend",
@@ -240,19 +289,16 @@ def check_conserved(found: dict[str, list[int]], bounds: Bounds, *, stage: str, 
         )
 
 
-def contract_of(program: StepProgram, options: BuildOptions) -> InputContract:
-    """Derive the input contract that the package will carry."""
-    return InputContract.of(program.checkpoint.config, options.bounds)
-
-
-def _placeholders(exported: ExportedProgram) -> dict[str, Tensor]:
-    wanted = set(exported.graph_signature.user_inputs)
+def placeholders(exported: ExportedProgram, names: Sequence[str]) -> dict[str, Tensor]:
+    """Find the symbolic tensors of user inputs, in the order of `names`."""
+    wanted = set(names)
     found = {
         node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in wanted
     }
-    return {name: found[name] for name in INPUTS}
+    return {name: found[name] for name in names}
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Give an error's first line that says something."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0][:500] if lines else type(error).__name__

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from runtime.backends.contract import Bounds, InputContract, Integers
 from runtime.backends.errors import BackendRefused
 from runtime.backends.invariant import program_bounds
 from runtime.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from runtime.backends.one_shot import OneShotExecutor, OneShotModel, OneShotSpec
 
 Floats = NDArray[np.float32]
 
@@ -44,6 +47,7 @@ ABILITIES = (
     "batch_invariant",
     "own_process",
     "one_shot_models",
+    "onnx_files",
 )
 
 
@@ -237,13 +241,17 @@ class Lowering(Protocol):
         """After `lower`: the fields of the compiler manifest that the backend knows."""
         ...
 
+    def one_shot(self) -> OneShotModel | None:
+        """After `capture`: the model where one call answers a request; None for a decoder."""
+        ...
+
     def close(self) -> None:
         """End child processes and release memory; safe to call twice."""
         ...
 
 
 class Backend(Protocol):
-    """A way to prepare and run the functional step."""
+    """A way to prepare and run the functional step, and one-shot models where the table says so."""
 
     @property
     def name(self) -> str: ...
@@ -262,8 +270,11 @@ class Backend(Protocol):
         """Write out what the backend chooses where the options leave it open: a bucket plan where it needs one."""
         ...
 
-    def start(self, model_folder: Path, work: Path, options: BuildOptions) -> Lowering:
-        """Begin a preparation; refuse options that the abilities table does not hold with `BackendRefused`."""
+    def start(self, model: Path, work: Path, options: BuildOptions) -> Lowering:
+        """Begin a preparation of a checkpoint folder, a saved program or an ONNX file.
+
+        Options and kinds of model that the abilities table does not hold are refused with `BackendRefused`.
+        """
         ...
 
     def import_loader(self) -> None:
@@ -271,7 +282,11 @@ class Backend(Protocol):
         ...
 
     def load(self, package: Path, spec: LoadSpec) -> Executor:
-        """Load a package folder whose digests have been verified."""
+        """Load a decoder's package folder whose digests have been verified."""
+        ...
+
+    def load_one_shot(self, package: Path, spec: OneShotSpec) -> OneShotExecutor:
+        """Load a one-shot package folder whose digests have been verified."""
         ...
 
 
@@ -286,8 +301,9 @@ def require(backend: str, table: Mapping[str, Ability], name: str) -> None:
             evidence={"backend": backend, "ability": name, "support": "unknown"},
         )
     if cell.support is not Support.SUPPORTED:
+        precision = name in ("float32", "bfloat16", "int8")
         raise BackendRefused(
             f"{backend} does not offer {name}: {cell.reason}",
-            fix=f"use another backend, or precision {' or '.join(offered)} on this one",
+            fix="use another backend" + (f", or precision {' or '.join(offered)} on this one" if precision else ""),
             evidence={"backend": backend, "ability": name, "support": cell.support.value, "reason": cell.reason},
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from runtime.backends.buckets import default_plan
 from runtime.backends.errors import BackendMissing, BackendRefused
@@ -24,6 +24,10 @@ from runtime.backends.protocol import (
     abilities,
     require,
 )
+from runtime.models.source import ModelKind, kind_of
+
+if TYPE_CHECKING:
+    from runtime.backends.one_shot import OneShotExecutor, OneShotSpec
 
 YES = Ability(Support.SUPPORTED)
 NAMES = ("NAME;NAME;...",)
@@ -56,6 +60,10 @@ class InstalledBackend:
     """module:class of the lowering."""
     loader: str
     """module:function that loads a package."""
+    one_shot_loader: str | None = None
+    """module:function that loads a one-shot package; None where the table says that there are none."""
+    onnx_lowering: str | None = None
+    """module:class of the lowering of an ONNX file; None where the table says that there is none."""
     levels: tuple[str, ...] = ("default",)
     flags: Mapping[str, tuple[str, ...]]
     """Flags that a caller may set, with their values."""
@@ -89,18 +97,35 @@ class InstalledBackend:
             return replace(options, buckets=default_plan(options.bounds))
         return options
 
-    def start(self, model_folder: Path, work: Path, options: BuildOptions) -> Lowering:
+    def start(self, model: Path, work: Path, options: BuildOptions) -> Lowering:
         """Begin a preparation after checking what was asked for against the table."""
-        options = self.complete(options)
+        kind, _ = kind_of(model)
+        options = options if kind.one_shot else self.complete(options)
         self.check(options)
-        made: Callable[..., Lowering] = _load_object(self.lowering)
-        return made(model_folder, work, options, versions=self.versions())
+        if kind.one_shot:
+            require(self.name, self.abilities, "one_shot_models")
+            if options.batch_invariant:
+                self._among("batch invariance of", kind.value, ("a decoder's functional step",))
+        lowering = self.lowering
+        if kind is ModelKind.ONNX:
+            require(self.name, self.abilities, "onnx_files")
+            lowering = self.onnx_lowering or self.lowering
+        made: Callable[..., Lowering] = _load_object(lowering)
+        return made(model, work, options, versions=self.versions())
 
     def load(self, package: Path, spec: LoadSpec) -> Executor:
         """Load a package folder whose digests have been verified."""
         require(self.name, self.abilities, spec.precision)
         self.versions()
         loader: Callable[[Path, LoadSpec], Executor] = _load_object(self.loader)
+        return loader(package, spec)
+
+    def load_one_shot(self, package: Path, spec: OneShotSpec) -> OneShotExecutor:
+        """Load a one-shot package folder whose digests have been verified."""
+        require(self.name, self.abilities, spec.precision)
+        require(self.name, self.abilities, "one_shot_models")
+        self.versions()
+        loader: Callable[[Path, OneShotSpec], OneShotExecutor] = _load_object(self.one_shot_loader or "")
         return loader(package, spec)
 
     def import_loader(self) -> None:
@@ -156,11 +181,13 @@ EAGER = InstalledBackend(
         reproducible_steps=YES,
         batch_invariant=YES,
         own_process=YES,
-        one_shot_models=_not_ours("only the functional step is loaded"),
+        one_shot_models=YES,
+        onnx_files=_never("eager torch interprets exported programs, and torch reads no ONNX"),
     ),
     libraries=("torch",),
     runtime_libraries=("torch",),
     lowering="runtime.backends.eager_lowering:EagerLowering",
+    one_shot_loader="runtime.backends.eager_one_shot:load_eager_one_shot",
     loader="runtime.backends.eager:load_eager",
     flags={RECIPE: RECIPES},
 )
@@ -179,12 +206,15 @@ ONNXRUNTIME = InstalledBackend(
         reproducible_steps=YES,
         batch_invariant=YES,
         own_process=YES,
-        one_shot_models=_not_ours("only the functional step is loaded"),
+        one_shot_models=YES,
+        onnx_files=YES,
     ),
     libraries=("onnxruntime", "onnx", "onnxscript", "torch"),
     runtime_libraries=("onnxruntime",),
     lowering="runtime.backends.onnxruntime_lowering:OrtLowering",
     loader="runtime.backends.onnxruntime:load_onnxruntime",
+    one_shot_loader="runtime.backends.onnxruntime_one_shot:load_onnxruntime_one_shot",
+    onnx_lowering="runtime.backends.onnx_file_lowering:OnnxFileLowering",
     levels=("default", "disable", "basic", "extended", "layout", "all"),
     flags={
         "disable_prepacking": ("0", "1"),
@@ -208,12 +238,14 @@ INDUCTOR = InstalledBackend(
         reproducible_steps=YES,
         batch_invariant=YES,
         own_process=YES,
-        one_shot_models=_not_ours("only the functional step is loaded"),
+        one_shot_models=YES,
+        onnx_files=_not_theirs("AOTInductor compiles torch programs, and torch reads no ONNX"),
     ),
     libraries=("torch",),
     runtime_libraries=("torch",),
     lowering="runtime.backends.inductor_lowering:InductorLowering",
     loader="runtime.backends.inductor:load_inductor",
+    one_shot_loader="runtime.backends.inductor_one_shot:load_inductor_one_shot",
     can_abort=True,
     flags={
         "freezing": ("false", "true"),
@@ -237,7 +269,8 @@ IREE = InstalledBackend(
         reproducible_steps=YES,
         batch_invariant=_not_ours("decode batches are invariant by default; padding and chunks need a recipe"),
         own_process=YES,
-        one_shot_models=_not_ours("only the functional step is loaded"),
+        one_shot_models=_not_ours("XLA compiles fixed shapes, and a bucket plan names those of a decoder only"),
+        onnx_files=_not_theirs("jax imports no ONNX"),
     ),
     libraries=("iree-base-compiler", "iree-base-runtime", "torch"),
     runtime_libraries=("iree-base-runtime",),
@@ -268,7 +301,8 @@ XLA = InstalledBackend(
             "kernels are chosen a bucket; a plan of one bucket a kind has yet to be offered as one"
         ),
         own_process=_not_ours("compiling runs in a child; steps run in the engine's process"),
-        one_shot_models=_not_ours("only the functional step is loaded"),
+        one_shot_models=_not_ours("XLA compiles fixed shapes, and a bucket plan names those of a decoder only"),
+        onnx_files=_not_theirs("jax imports no ONNX"),
     ),
     libraries=("jax", "jaxlib", "torch"),
     runtime_libraries=("jax", "jaxlib"),

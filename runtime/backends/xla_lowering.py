@@ -102,7 +102,7 @@ class XlaLowering(ExportedLowering):
         base = super().analyze()
         module = self._module
         bounds = {name: limits for name, limits in module.bounds.items() if name != POOL_SYMBOL}
-        programs.check_conserved(bounds, self.options.program_bounds, stage="a03", where="the StableHLO module")
+        programs.check_conserved(bounds, self.program.declared, stage="a03", where="the StableHLO module")
         check_types(module.types, self.program.exported, stage="a03")
         record = {
             **base.record,
@@ -216,7 +216,8 @@ class XlaLowering(ExportedLowering):
         super().close()
 
     def _names(self) -> dict[str, str]:
-        names = programs.symbol_names(self.program.exported)
+        declared = self.program.declared
+        names = {text: name for text, name in self.program.names.items() if name in declared}
         pool = next(node for node in self.program.exported.graph.nodes if node.name == "k_pool").meta["val"]
         (symbol,) = pool.shape[0].node.expr.free_symbols
         return {**names, str(symbol): POOL_SYMBOL}

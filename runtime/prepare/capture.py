@@ -1,4 +1,4 @@
-"""Stage 1: how does a model folder become a captured program?"""
+"""Stage 1: how does a model become a captured program?"""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from runtime.prepare.stage import StageOutcome
 
 @dataclass(frozen=True)
 class Source:
-    """Receives: a model folder, the backend and what is asked of it."""
+    """Receives: a model, the backend and what is asked of it."""
 
     model_folder: Path
+    """A checkpoint's folder, a saved program, an ONNX file, or a folder with one of these."""
     model_digest: str
     backend: Backend
     options: BuildOptions

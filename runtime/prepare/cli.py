@@ -24,6 +24,7 @@ examples:
   replaylab prepare runtime/models/reference --backend inductor --flag freezing=true --json
   replaylab prepare runtime/models/reference --backend onnxruntime --batch-invariant
   replaylab prepare runtime/models/reference --like desk
+  replaylab prepare classifier.onnx --backend onnxruntime --max-batch 32
   replaylab prepare --choices                      every level, precision and flag of every backend
 
 each choice is a pin of the package, and of a replay (replay run ID --set PIN=VALUE):
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.epilog = EPILOG
     parser.add_argument(
-        "model", metavar="MODEL", type=Path, nargs="?", help="folder of a Llama, Qwen2 or Qwen3 checkpoint"
+        "model", metavar="MODEL", type=Path, nargs="?", help="checkpoint folder, .pt2 program or .onnx file"
     )
     parser.add_argument(
         "--backend", default="onnxruntime", help="eager, onnxruntime, inductor or xla (default: %(default)s)"

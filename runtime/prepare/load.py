@@ -24,6 +24,7 @@ from runtime.backends.registry import backend_named
 from runtime.models.config import ModelConfig
 from runtime.prepare.errors import PackageRefused
 from runtime.prepare.manifest import PackageManifest, read_config_document
+from runtime.prepare.one_shot import OneShotPackage, is_one_shot, load_verified
 from runtime.prepare.package import TOKENIZER, Packaged
 from runtime.prepare.stage import StageOutcome
 from runtime.prepare.store import PackageStore
@@ -57,7 +58,7 @@ class Loaded:
     """Emits: a loaded model, ready for readiness checks."""
 
     packaged: Packaged
-    model: LoadedModel
+    model: LoadedModel | OneShotPackage
 
     def document(self) -> Mapping[str, Any]:
         """Describe what is loaded, not how long it took."""
@@ -75,9 +76,14 @@ def load_package(store: PackageStore, digest: str, *, threads: int = 1, hosting:
     Every file's digest and the manifest's signature are checked before any parser sees a byte, then the compatibility
     envelope, then the backend loads.  Errors: `PackageUnknown`, `PackageRefused`, `BackendError`.
     """
-    package_digest = store.resolve(digest)
-    manifest = store.verify(package_digest)
-    check_envelope(manifest, package_digest)
+    package_digest, manifest = open_package(store, digest)
+    if is_one_shot(manifest):
+        raise PackageRefused(
+            f"package {package_digest[:19]} is a one-shot model, which has no tokens to decode",
+            fix="call it with `replaylab infer`",
+            evidence={"artifact_digest": package_digest, "operator_details": manifest.artifact.family},
+            stage="a08",
+        )
     config = read_config_document(manifest.config)
     spec = LoadSpec(
         config=config,
@@ -109,6 +115,20 @@ def _load(backend: str, folder: Path, spec: LoadSpec, hosting: Hosting | None) -
         return chosen.load(folder, spec)
     require(backend, chosen.abilities, "own_process")
     return load_hosted(backend, folder, spec, hosting)
+
+
+def load_one_shot(store: PackageStore, digest: str, *, threads: int = 1) -> OneShotPackage:
+    """Verify a one-shot package and load it, in the same order and with the same errors as `load_package`."""
+    package_digest, manifest = open_package(store, digest)
+    return load_verified(store, package_digest, manifest, threads=threads)
+
+
+def open_package(store: PackageStore, digest: str) -> tuple[str, PackageManifest]:
+    """Check every digest, the signature and the compatibility envelope; nothing of the model is parsed."""
+    package_digest = store.resolve(digest)
+    manifest = store.verify(package_digest)
+    check_envelope(manifest, package_digest)
+    return package_digest, manifest
 
 
 def check_envelope(manifest: PackageManifest, package_digest: str) -> None:
@@ -145,24 +165,28 @@ def run(received: Packaged, *, store: PackageStore) -> StageOutcome[Loaded]:
     process = psutil.Process()
     before = process.memory_info().rss
     start = time.perf_counter_ns()
-    model = load_package(store, received.digest, threads=received.source.options.threads)
+    one_shot = is_one_shot(received.manifest)
+    load = load_one_shot if one_shot else load_package
+    model = load(store, received.digest, threads=received.source.options.threads)
     spent = (time.perf_counter_ns() - start) // 1000
     received.source.resources.callback(model.executor.close)
     resident = process.memory_info().rss - before
-    probe_pool = model.executor.new_pool(1)
     record = {
         "load_us": spent,
         "resident_memory_bytes": resident if resident > 0 else unknown("it fits into memory that the process had"),
         "device_allocation_bytes": unknown("the CPU has no memory of its own beside the resident memory"),
-        "cache_capacity": _cache_capacity(probe_pool.nbytes, received.source.options.buckets),
+        "cache_capacity": _cache_capacity(model, received.source.options.buckets),
         "instance_count": 1,
         "readiness_state": "loaded",
     }
     return StageOutcome(Loaded(received, model), record)
 
 
-def _cache_capacity(allocated: int, plan: BucketPlan | None) -> dict[str, Any]:
+def _cache_capacity(model: LoadedModel | OneShotPackage, plan: BucketPlan | None) -> dict[str, Any]:
     """Say what a slot costs and how many there may be: fixed shapes always allocate the plan's whole pool."""
+    if isinstance(model, OneShotPackage):
+        return unknown("a one-shot model keeps nothing between calls")
+    allocated = model.executor.new_pool(1).nbytes
     if plan is None:
         return {"bytes_per_slot": allocated, "slots": "chosen by the scheduler"}
     return {"bytes_per_slot": allocated // plan.pool, "slots": plan.pool}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.backends.one_shot import OneShotModel
 from runtime.backends.protocol import Lowering
 from runtime.prepare.capture import Source
 from runtime.prepare.partition import Partitioned
@@ -22,6 +23,8 @@ class Lowered:
     emitted: Mapping[str, Any]
     files: Mapping[str, Path]
     compiler: Mapping[str, Any]
+    one_shot: OneShotModel | None
+    """What calls must look like and answer, where one call answers a request; None for a decoder."""
 
     def document(self) -> Mapping[str, Any]:
         """Describe what the stage emitted."""
@@ -31,5 +34,12 @@ class Lowered:
 def run(received: Partitioned) -> StageOutcome[Lowered]:
     """Generate or select code and collect the files that the package needs."""
     boundary = received.lowering.lower()
-    files, compiler = received.lowering.files(), received.lowering.compiler()
-    return StageOutcome(Lowered(received.source, received.lowering, boundary.emitted, files, compiler), boundary.record)
+    lowered = Lowered(
+        received.source,
+        received.lowering,
+        boundary.emitted,
+        received.lowering.files(),
+        received.lowering.compiler(),
+        received.lowering.one_shot(),
+    )
+    return StageOutcome(lowered, boundary.record)

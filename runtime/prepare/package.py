@@ -13,23 +13,24 @@ from safetensors.numpy import save_file
 
 from manifests.artifact import ArtifactManifest
 from manifests.compiler import CompilerManifest
+from runtime.backends.comparison import TOLERANCE
 from runtime.backends.contract import InputContract
 from runtime.backends.eager import EagerExecutor
-from runtime.backends.fixture import TOLERANCE, FixtureOutput, run_fixture
+from runtime.backends.fixture import FixtureOutput, run_fixture
 from runtime.backends.protocol import BuildOptions
 from runtime.models.config import ModelConfig
 from runtime.models.loader import Checkpoint, load_checkpoint
 from runtime.prepare.capture import Source, options_document
+from runtime.prepare.contents import FIXTURES, TOKENIZER, PackageContents
 from runtime.prepare.lower import Lowered
 from runtime.prepare.manifest import PackageManifest, config_document
+from runtime.prepare.one_shot import one_shot_contents
 from runtime.prepare.provenance import provenance
 from runtime.prepare.reproducible import reproducible_build
 from runtime.prepare.stage import Journal, StageOutcome
 from runtime.prepare.store import PackageStore, file_entry
 
-__all__ = ["PackageStore", "Packaged", "run"]
-
-FIXTURES, TOKENIZER = "fixtures.safetensors", "tokenizer.json"
+__all__ = ["FIXTURES", "TOKENIZER", "PackageStore", "Packaged", "run"]
 
 
 @dataclass(frozen=True)
@@ -49,25 +50,18 @@ class Packaged:
 def run(received: Lowered, *, store: PackageStore, journal: Journal) -> StageOutcome[Packaged]:
     """Write fixtures, bind everything in one manifest, sign it and publish the package."""
     source = received.source
-    checkpoint = load_checkpoint(source.model_folder)
-    files = dict(received.files)
-    if checkpoint.tokenizer_path is not None:
-        files[TOKENIZER] = checkpoint.tokenizer_path
-    reference = write_fixtures(source, source.work / FIXTURES)
-    files[FIXTURES] = source.work / FIXTURES
+    model = received.one_shot
+    contents = decoder_contents(source) if model is None else one_shot_contents(source, model)
+    files = {**received.files, **contents.files}
     compiler = CompilerManifest(**_with_text_flags(received.compiler))
     manifest = PackageManifest(
-        artifact=artifact_of(checkpoint, source),
+        artifact=contents.artifact,
         compiler=compiler,
-        config=config_document(checkpoint.config),
-        contract=contract_document(checkpoint.config, source.options),
+        config=dict(contents.config),
+        contract=dict(contents.contract),
         envelope=envelope_of(received, compiler),
         files={name: file_entry(path) for name, path in sorted(files.items())},
-        fixture={
-            "reference": "eager float32",
-            "tolerance": f"{TOLERANCE[source.options.precision]:g}",
-            "outputs": reference.digests(),
-        },
+        fixture=dict(contents.fixture),
         options=options_document(source.options),
         stages=journal.stages(),
     )
@@ -84,7 +78,7 @@ def run(received: Lowered, *, store: PackageStore, journal: Journal) -> StageOut
             files={name: entry.sha256 for name, entry in manifest.files.items()},
             backend=source.backend.name,
             options=manifest.options,
-            model=checkpoint.digest,
+            model=source.model_digest,
             libraries=compiler.runtime_versions,
             stages=manifest.stages,
             reproducible=reproducible_build(source.backend.name, source.options),
@@ -97,6 +91,24 @@ def contract_document(config: ModelConfig, options: BuildOptions) -> dict[str, A
     """Write what inputs the package takes, and in which fixed shapes it runs them where it holds such."""
     contract = InputContract.of(config, options.bounds).document()
     return {**contract, "buckets": options.buckets.document()} if options.buckets else contract
+
+
+def decoder_contents(source: Source) -> PackageContents:
+    """Describe a checkpoint, with its tokenizer and the reference outputs of the fixture session."""
+    checkpoint = load_checkpoint(source.model_folder)
+    reference = write_fixtures(source, source.work / FIXTURES)
+    tokenizer = {} if checkpoint.tokenizer_path is None else {TOKENIZER: checkpoint.tokenizer_path}
+    return PackageContents(
+        files={FIXTURES: source.work / FIXTURES, **tokenizer},
+        artifact=artifact_of(checkpoint, source),
+        config=config_document(checkpoint.config),
+        contract=contract_document(checkpoint.config, source.options),
+        fixture={
+            "reference": "eager float32",
+            "tolerance": f"{TOLERANCE[source.options.precision]:g}",
+            "outputs": reference.digests(),
+        },
+    )
 
 
 def write_fixtures(source: Source, path: Path) -> FixtureOutput:

@@ -13,7 +13,7 @@ from typing import Any
 from manifests.preparation import PreparationManifest
 from runtime.backends.protocol import BuildOptions
 from runtime.backends.registry import backend_named
-from runtime.models.loader import load_checkpoint
+from runtime.models.source import identify
 from runtime.prepare import analyze, capture, load, lower, optimize, package, partition, represent, warm
 from runtime.prepare.manifest import PackageManifest
 from runtime.prepare.sources import remember_source
@@ -46,27 +46,28 @@ def prepare(
     on_start: Callable[[Stage], None] | None = None,
     on_finish: Callable[[StageReport], None] | None = None,
 ) -> PreparedPackage:
-    """Take a model folder through the nine stages into the store.
+    """Take a model through the nine stages into the store.
 
+    `model_folder` is a checkpoint folder, a saved program (`.pt2`), an ONNX file or a folder with one of the latter.
     `precision` overrides the options' own.  Nothing that is already in the store is touched by a failure.
     Errors: `ClassifiedError` with class, stage and evidence.
     """
     wanted = options or BuildOptions()
     wanted = replace(wanted, precision=precision or wanted.precision)
     chosen = backend_named(backend)
-    wanted = chosen.complete(wanted)
     journal = Journal(recorder, on_start, on_finish)
     with tempfile.TemporaryDirectory(prefix="replaylab-prepare-") as work, ExitStack() as resources:
-        checkpoint = load_checkpoint(model_folder)
-        value: Any = capture.Source(model_folder, checkpoint.digest, chosen, wanted, Path(work), resources)
+        source = identify(model_folder)
+        wanted = wanted if source.kind.one_shot else chosen.complete(wanted)
+        value: Any = capture.Source(model_folder, source.digest, chosen, wanted, Path(work), resources)
         packaged: Any = None
         for stage, step in steps(store, journal):
             value = journal.run(stage, value, step)
             packaged = value if stage is Stage.PACKAGE else packaged
-    preparation = describe_preparation(packaged.manifest, checkpoint.digest, journal)
+    preparation = describe_preparation(packaged.manifest, source.digest, journal)
     store.write_baseline(packaged.digest, baseline_document(journal))
     store.write_preparation(packaged.digest, preparation)
-    remember_source(store, checkpoint.digest, model_folder)
+    remember_source(store, source.digest, model_folder)
     return PreparedPackage(packaged.digest, packaged.path, packaged.manifest, preparation, tuple(journal.reports))
 
 

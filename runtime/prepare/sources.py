@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from manifests.canonical import canonical_bytes
-from runtime.models.loader import load_checkpoint
+from runtime.models.source import identify
 from runtime.prepare.store import PackageStore
 from traces.failures import ClassifiedError
 from traces.ledger.layout import write_durably
@@ -54,7 +54,7 @@ def source_digest(place: Path) -> str | None:
     if not place.exists():
         return None
     try:
-        return load_checkpoint(place).digest
+        return identify(place).digest
     except (ClassifiedError, OSError):
         return None
 

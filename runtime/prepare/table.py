@@ -79,13 +79,18 @@ def _known(value: Any, show: Callable[[Any], str] = str) -> str:
 
 def _validation(record: Mapping[str, Any], name: str) -> str:
     return _known(
-        record[name], lambda found: f"max {found['max_abs']} from eager float32, argmax equal {found['argmax_equal']}"
+        record[name],
+        lambda found: f"max {found['max_abs']} from {found['reference']}, argmax equal {found['argmax_equal']}",
     )
 
 
 def _optimize(record: Mapping[str, Any]) -> str:
     nodes = f"{record['graph_before']['nodes']} to {record['graph_after']['nodes']} nodes"
     return f"{nodes}, {len(record['pass_list'])} passes; {_validation(record, 'numerical_validation')}"
+
+
+def _symbols(found: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {low}..{high}" for name, (low, high) in found.items()) or "all dimensions fixed"
 
 
 def _partition(record: Mapping[str, Any]) -> str:
@@ -100,11 +105,12 @@ def _lower(record: Mapping[str, Any]) -> str:
 
 def _warm(record: Mapping[str, Any]) -> str:
     # canonical documents sort names as text, so the batch sizes come back as b1, b32, b8
-    measured = sorted((int(name.removeprefix("decode_b")), us) for name, us in record["steady_state_us"].items())
+    measured = sorted((int(name.rpartition("_b")[2]), us) for name, us in record["steady_state_us"].items())
+    what = "decode" if any(name.startswith("decode") for name in record["steady_state_us"]) else "call"
     steady = ", ".join(f"b{batch} {us / 1000:.2f}" for batch, us in measured)
     varies = [name for name, found in record["readiness_decision"]["invariance"].items() if found == "differs"]
     axes = ", ".join(name for name in varies if name != "control") or "nothing tried"
-    return f"decode ms: {steady}; {_validation(record, 'output_comparison')}; bits vary with {axes}"
+    return f"{what} ms: {steady}; {_validation(record, 'output_comparison')}; bits vary with {axes}"
 
 
 _SUMMARIES: Mapping[Stage, Callable[[Mapping[str, Any]], str]] = {
@@ -116,10 +122,7 @@ _SUMMARIES: Mapping[Stage, Callable[[Mapping[str, Any]], str]] = {
         f"{', '.join(f'{n} {c} nodes' for n, c in record['node_count'].items())}; "
         f"{record['parameter_count']:,} parameters; valid"
     ),
-    Stage.ANALYZE: lambda record: (
-        f"{record['guard_count']} guards; "
-        + ", ".join(f"{name} {low}..{high}" for name, (low, high) in record["shape_profile"]["symbols"].items())
-    ),
+    Stage.ANALYZE: lambda record: f"{record['guard_count']} guards; " + _symbols(record["shape_profile"]["symbols"]),
     Stage.OPTIMIZE: _optimize,
     Stage.PARTITION: _partition,
     Stage.LOWER: _lower,
@@ -129,7 +132,7 @@ _SUMMARIES: Mapping[Stage, Callable[[Mapping[str, Any]], str]] = {
     Stage.LOAD: lambda record: (
         f"{record['load_us'] / 1000:.0f} ms, "
         f"{_known(record['resident_memory_bytes'], lambda size: f'{size / 1e6:.0f} MB resident')}, "
-        f"{record['cache_capacity']['bytes_per_slot']} B a slot"
+        + _known(record["cache_capacity"], lambda found: f"{found['bytes_per_slot']} B a slot")
     ),
     Stage.WARM: _warm,
 }

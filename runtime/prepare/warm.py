@@ -11,12 +11,20 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from runtime.backends.fixture import Comparison, FixtureOutput, compare, fixture_tokens, run_fixture
+from runtime.backends.comparison import Comparison
+from runtime.backends.fixture import FixtureOutput, compare, fixture_tokens, run_fixture
 from runtime.backends.protocol import CompileEvent, Executor, Specializing
 from runtime.prepare.errors import WarmupRefused
 from runtime.prepare.invariance import AXES, probe_invariance
 from runtime.prepare.kernels import varying_kernels
 from runtime.prepare.load import Loaded, LoadedModel
+from runtime.prepare.one_shot import (
+    OneShotPackage,
+    batch_sizes,
+    measure_one_shot,
+    probe_rows,
+    validate_one_shot,
+)
 from runtime.prepare.package import FIXTURES
 from runtime.prepare.stage import StageOutcome
 from runtime.prepare.store import PackageStore
@@ -29,9 +37,9 @@ CONTEXT, RUNS = 64, 9
 class Warmed:
     """Emits: a ready execution path with validated output behaviour and a baseline."""
 
-    model: LoadedModel
+    model: LoadedModel | OneShotPackage
     outputs: Mapping[str, str]
-    """Digest of the logits of each fixture step, on this backend."""
+    """Digest of what each call of the fixture answered, on this backend."""
     invariance: Mapping[str, Any]
     ready: bool
 
@@ -45,20 +53,31 @@ class Warmed:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """How a loaded package behaved."""
+
+    outputs: Mapping[str, str]
+    comparison: Comparison
+    runs: int
+    """Calls that the fixture took."""
+    first_us: int
+    latency: Mapping[str, Mapping[str, int]]
+    invariance: Mapping[str, Any]
+    kernels: Mapping[str, str]
+    """Kernels by which a row's bits depend on its batch, where they are known."""
+
+
 def run(received: Loaded, *, store: PackageStore) -> StageOutcome[Warmed]:
     """Validate against the fixtures, measure, probe, decide readiness and keep the baseline."""
     model = received.model
-    compiled_before, lazily = compilations(), compile_events(model.executor)
-    start = time.perf_counter_ns()
-    output, comparison = validate(model, store)
-    first_us = (time.perf_counter_ns() - start) // 1000
-    latency = measure_latency(model.executor)
-    invariance = probe_invariance(model.executor)
-    kernels = varying_kernels(model.compiler, received.packaged.manifest.stages[5].record["kernel_inventory"])
-    check_invariance(model, invariance, kernels)
-    events = compile_events(model.executor)[len(lazily) :]
+    one_shot = isinstance(model, OneShotPackage)
+    compiled_before, lazily = compilations(), [] if one_shot else compile_events(model.executor)
+    seen = _observe_one_shot(model, store) if one_shot else _observe(received, model, store)
+    events = [] if one_shot else compile_events(model.executor)[len(lazily) :]
+    late = not one_shot and lazy(model)
     compiled = compilations() - compiled_before
-    warmed = Warmed(model, output.digests(), invariance, ready=compiled == (len(events) if lazy(model) else 0))
+    warmed = Warmed(model, seen.outputs, seen.invariance, ready=compiled == (len(events) if late else 0))
     if not warmed.ready:
         raise WarmupRefused(
             f"{compiled} graphs were compiled while warming: the package is not ahead-of-time code",
@@ -67,18 +86,51 @@ def run(received: Loaded, *, store: PackageStore) -> StageOutcome[Warmed]:
             stage="a09",
         )
     record = {
-        "warmup_count": len(output.names) + len(latency["steady_us"]) * (RUNS + 1),
-        "first_run_us": {"fixture_session": first_us, **latency["first_us"]},
-        "steady_state_us": latency["steady_us"],
+        "warmup_count": seen.runs + len(seen.latency["steady_us"]) * (RUNS + 1),
+        "first_run_us": {"fixture_session": seen.first_us, **seen.latency["first_us"]},
+        "steady_state_us": seen.latency["steady_us"],
         "compilation_cache_events": {
             "compilations": compiled,
-            "ready_state": "compiles a shape at its first use" if lazy(model) else "compiles nothing",
+            "ready_state": "compiles a shape at its first use" if late else "compiles nothing",
             "specializations": [event.document() for event in events],
         },
-        "output_comparison": comparison.document(),
-        "readiness_decision": {"ready": True, "invariance": invariance, "varying_kernels": kernels},
+        "output_comparison": seen.comparison.document(),
+        "readiness_decision": {"ready": True, "invariance": seen.invariance, "varying_kernels": seen.kernels},
     }
     return StageOutcome(warmed, record)
+
+
+def _observe(received: Loaded, model: LoadedModel, store: PackageStore) -> Observed:
+    start = time.perf_counter_ns()
+    output, comparison = validate(model, store)
+    first_us = (time.perf_counter_ns() - start) // 1000
+    latency = measure_latency(model.executor)
+    invariance = probe_invariance(model.executor)
+    kernels = varying_kernels(model.compiler, received.packaged.manifest.stages[5].record["kernel_inventory"])
+    check_invariance(model, invariance, kernels)
+    return Observed(
+        outputs=output.digests(),
+        comparison=comparison,
+        runs=len(output.names),
+        first_us=first_us,
+        latency=latency,
+        invariance=invariance,
+        kernels=kernels,
+    )
+
+
+def _observe_one_shot(model: OneShotPackage, store: PackageStore) -> Observed:
+    start = time.perf_counter_ns()
+    outputs, comparison = validate_one_shot(model, store)
+    return Observed(
+        outputs=outputs,
+        comparison=comparison,
+        runs=len(batch_sizes(model.contract)),
+        first_us=(time.perf_counter_ns() - start) // 1000,
+        latency=measure_one_shot(model.executor),
+        invariance=probe_rows(model.executor),
+        kernels={},
+    )
 
 
 def check_invariance(model: LoadedModel, invariance: Mapping[str, Any], kernels: Mapping[str, str]) -> None:
