@@ -24,6 +24,18 @@ FLAGS = {
     "ukernels": ("none", "all"),
 }
 """Flags that a caller may set, with their values; the first is the default."""
+ELEMENTS = {
+    "float32": "f32",
+    "float64": "f64",
+    "float16": "f16",
+    "int64": "i64",
+    "int32": "i32",
+    "int16": "i16",
+    "int8": "i8",
+    "uint8": "i8",
+    "bool": "i1",
+}
+"""MLIR's element types."""
 
 
 class IreeLowering(ExportedLowering):
@@ -98,7 +110,7 @@ class IreeLowering(ExportedLowering):
         """Name the functions of the module, with the sizes that are fixed in each by the exporter's symbols."""
         if self.options.buckets is None:
             return [{"name": FUNCTION, "sizes": {}}]
-        symbols = {name: symbol for symbol, name in programs.symbol_names(self.program.exported).items()}
+        symbols = {name: symbol for symbol, name in self.program.names.items()}
         return [
             {
                 "name": bucket.name,
@@ -225,14 +237,12 @@ class IreeLowering(ExportedLowering):
 
     def _declared(self) -> dict[str, dict[str, str]]:
         """Write the inputs of each function as MLIR does: `?` for what is dynamic."""
-        kinds = {"int64": "i64", "int32": "i32", "float32": "f32", "bool": "i1"}
-        signature = programs.signature(self.program.exported)
-        names = programs.symbol_names(self.program.exported)
+        signature, names = programs.signature(self.program), self.program.names
         declared: dict[str, dict[str, str]] = {}
         for function in self.functions():
             sizes = {names[symbol]: size for symbol, size in function["sizes"].items()}
             declared[function["name"]] = {
-                str(index): "x".join([*(_dimension(part, sizes) for part in entry["shape"]), kinds[entry["dtype"]]])
+                str(index): "x".join([*(_dimension(part, sizes) for part in entry["shape"]), ELEMENTS[entry["dtype"]]])
                 for index, entry in enumerate(signature.values())
             }
         return declared

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import save_file
 
@@ -18,6 +18,7 @@ from runtime.backends.errors import BackendRefused
 from runtime.backends.fixture import compare_with_reference
 from runtime.backends.jax_bridge import held_tensors
 from runtime.backends.lowering import ExportedLowering, target, unknown
+from runtime.backends.program import StepProgram
 from runtime.backends.protocol import Boundary, LoadSpec
 from runtime.backends.xla import (
     DEFAULT_LEVEL,
@@ -257,7 +258,7 @@ class XlaLowering(ExportedLowering):
         )
 
     def _spec(self) -> LoadSpec:
-        config = self.program.checkpoint.config
+        config = cast(StepProgram, self.program).checkpoint.config
         return LoadSpec(
             config=config,
             contract=InputContract.of(config, self.options.bounds),

@@ -94,7 +94,9 @@ def _symbols(found: Mapping[str, Any]) -> str:
 
 
 def _partition(record: Mapping[str, Any]) -> str:
-    owners = ", ".join(f"{name} {entry['nodes']}" for name, entry in record["partition_map"].items())
+    # IREE's parts are dispatches, every other backend's nodes
+    counted = {name: entry.get("nodes", entry.get("dispatches")) for name, entry in record["partition_map"].items()}
+    owners = ", ".join(f"{name} {count}" for name, count in counted.items())
     return f"{owners}; {len(record['transfer_edges'])} crossings"
 
 
