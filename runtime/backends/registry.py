@@ -102,13 +102,14 @@ class InstalledBackend:
         kind, _ = kind_of(model)
         options = options if kind.one_shot else self.complete(options)
         self.check(options)
+        if kind is ModelKind.ONNX:
+            require(self.name, self.abilities, "onnx_files")
         if kind.one_shot:
             require(self.name, self.abilities, "one_shot_models")
             if options.batch_invariant:
                 self._among("batch invariance of", kind.value, ("a decoder's functional step",))
         lowering = self.lowering
         if kind is ModelKind.ONNX:
-            require(self.name, self.abilities, "onnx_files")
             lowering = self.onnx_lowering or self.lowering
         made: Callable[..., Lowering] = _load_object(lowering)
         return made(model, work, options, versions=self.versions())
