@@ -1,4 +1,7 @@
-"""A client that stops reading holds up its own request only; one that leaves frees what it held.  Real sockets."""
+"""A slow client holds up its own request only, one that leaves frees what it held, one too many is told when to retry.
+
+Real sockets, a live engine over a toy model.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import json
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +39,18 @@ SCHEDULING = SchedulingManifest(
 )
 
 
+class PausingExecutor(ToyExecutor):
+    """Takes its time."""
+
+    pause_s = 0.0
+
+    def step(self, *arguments: Any) -> Any:
+        """Wait a little."""
+        if self.pause_s:
+            time.sleep(self.pause_s)
+        return super().step(*arguments)
+
+
 @dataclass
 class Served:
     """A server on this machine."""
@@ -41,17 +58,23 @@ class Served:
     port: int
     key: str
     ledger: Path
+    executor: PausingExecutor
 
-    def open(self, tokens: int) -> socket.socket:
-        """Send a streaming request for so many tokens and read nothing yet."""
-        body = json.dumps(
+    def body(self, tokens: int) -> bytes:
+        """Return a request for so many tokens."""
+        return json.dumps(
             {
                 "tenant": "aurora",
                 "actor": "x",
                 "task": {"kind": "completion", "prompt_tokens": [9, 8, 7, tokens % 700]},
                 "generation": {"max_tokens": tokens},
+                "model": {"allow_fallback": False},
             }
         ).encode()
+
+    def open(self, tokens: int) -> socket.socket:
+        """Send a streaming request for so many tokens and read nothing yet."""
+        body = self.body(tokens)
         client = socket.socket()
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
         client.settimeout(60)
@@ -72,12 +95,14 @@ class Served:
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
+def served(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Served]:
     """Serve a live engine over the toy model with small socket buffers."""
-    deployment = create_support_desk(tmp_path / "desk", seed=SEED, packages=PACKAGES, scheduling=SCHEDULING)
+    scheduling = SCHEDULING.model_copy(update=getattr(request, "param", {}))
+    deployment = create_support_desk(tmp_path / "desk", seed=SEED, packages=PACKAGES, scheduling=scheduling)
+
+    executor = PausingExecutor(vocab_size=768, max_positions=4_096)
 
     def load(package: str) -> Any:
-        executor = ToyExecutor(vocab_size=768, max_positions=4_096)
         config = SimpleNamespace(vocab_size=768, max_positions=4_096)
         return SimpleNamespace(**vars(model(package)) | {"executor": executor, "config": config})
 
@@ -91,7 +116,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
-    yield Served(listener.getsockname()[1], deployment.keys()["aurora"], tmp_path / "ledger")
+    yield Served(listener.getsockname()[1], deployment.keys()["aurora"], tmp_path / "ledger", executor)
     server.should_exit = True
     thread.join(30)
 
@@ -141,3 +166,33 @@ def test_a_stalled_client_that_leaves_frees_its_blocks(served: Served) -> None:
     assert [one.reason for plan in served.plans() for one in plan.releases if one.sequence == 0] == ["cancelled"]
     terminals = served.events("request.terminal")
     assert len({event.request_ref for event in terminals}) == len(terminals) == 4
+
+
+@pytest.mark.parametrize(
+    "served",
+    [{"max_num_seqs": 1, "batch_sizes": (1,), "max_num_queued_reqs": 1, "max_undelivered_tokens": None}],
+    indirect=True,
+)
+def test_a_full_queue_answers_503_and_when_to_come_back(served: Served) -> None:
+    served.executor.pause_s = 0.002
+    running = served.open(600)
+    assert running.recv(64)
+    waiting = served.open(5)
+    while not any(event.payload.get("index") == 1 for event in served.events("engine.sequence")):
+        time.sleep(0.01)
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(
+            urllib.request.Request(
+                f"http://127.0.0.1:{served.port}/v1/requests",
+                data=served.body(6),
+                headers={"authorization": f"Bearer {served.key}"},
+            )
+        )
+    with caught.value as answer:
+        failure = json.loads(answer.read())["failure"]
+        assert answer.code == 503 and int(answer.headers["retry-after"]) >= 1
+    assert (failure["reason"], failure["failure_class"]) == ("queue_full", "capacity_admission")
+    assert read_all(running)[1]["status"] == read_all(waiting)[1]["status"] == "ok"
+    (refused,) = served.events("engine.refused")
+    assert refused.payload["evidence"]["queue_depth"] == 1 and refused.payload["evidence"]["retry_after_us"] > 0
+    assert len(served.events("request.terminal")) == 3
