@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from replay.errors import IncompleteRecord
@@ -45,6 +45,7 @@ class PlayedGenerations:
     unseen     whether the recorded caller went away before any token reached it
     obstacles  what kept the record from being replayed: never a fact about the request itself
     ready      results of generations that were computed together with others, by sequence id
+    refused    generations that the recorded engine's queue did not take, by sequence id: its load is not replayed
     """
 
     player: Callable[[str], PlanPlayer]
@@ -55,9 +56,12 @@ class PlayedGenerations:
     unseen: bool
     obstacles: list[ClassifiedError]
     ready: Mapping[str, GenerationResult]
+    refused: Mapping[str, ClassifiedError] = field(default_factory=dict[str, ClassifiedError])
 
     async def generate(self, request: GenerationRequest, on_token: OnToken | None = None) -> GenerationResult:
         """Run one generation; plans fit only the prompt that they were made for, so another prompt runs alone."""
+        if self.mode != "alone" and request.sequence_id in self.refused:
+            raise self.refused[request.sequence_id]
         known = self.recorded.get(request.sequence_id)
         same = known is not None and known.request is not None and known.request.prompt == request.prompt
         known = known if same else None
@@ -97,9 +101,12 @@ class AuditedGenerations:
     done: list[Generated]
     unseen: bool
     obstacles: list[ClassifiedError]
+    refused: Mapping[str, ClassifiedError] = field(default_factory=dict[str, ClassifiedError])
 
     async def generate(self, request: GenerationRequest, on_token: OnToken | None = None) -> GenerationResult:
         """Return the recorded result; IncompleteRecord when this prompt was never run."""
+        if request.sequence_id in self.refused:
+            raise self.refused[request.sequence_id]
         known = self.recorded.get(request.sequence_id)
         if known is None or known.result is None or known.request is None or known.request.prompt != request.prompt:
             missing = IncompleteRecord(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.records import GenerationRecord, TokenRecord
 from manifests.canonical import digest
+from runtime.engine.errors import SequenceRefused
 from runtime.engine.generation import GenerationRequest, GenerationResult, decode_request, decode_result
 from runtime.engine.plan import SequenceEntry, StepPlan, decode_plan
 
@@ -63,6 +64,20 @@ def load_sequences(ledger: Ledger, events: Iterable[TraceEvent]) -> tuple[Record
             )
         )
     return tuple(found)
+
+
+def load_refusals(events: Iterable[TraceEvent]) -> dict[str, SequenceRefused]:
+    """Return the refusals of a request's generations that no engine took, by sequence id, as they were raised."""
+    return {
+        str(event.payload["sequence_id"]): SequenceRefused(
+            str(event.payload["message"]),
+            reason=str(event.payload["error_type"]),
+            evidence=dict(event.payload["evidence"]),
+            fix=event.payload["fix"],
+        )
+        for event in events
+        if event.event_type == "engine.refused"
+    }
 
 
 def load_plans(events: Iterable[TraceEvent]) -> dict[str, tuple[StepPlan, ...]]:

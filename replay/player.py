@@ -22,6 +22,7 @@ from replay.generation_services import AuditedGenerations, Generated, PlayedGene
 from replay.generations import (
     RecordedSequence,
     generation_record,
+    load_refusals,
     load_sequences,
     recorded_generations,
     shapes_by_token,
@@ -144,6 +145,7 @@ class _Passage:
         self._request = request
         self._listener = Listener(setting.recorder)
         self._recorded = {sequence.sequence_id: sequence for sequence in sequences}
+        self._refused = load_refusals(request.events)
         self._done: list[Generated] = []
         self._obstacles: list[ClassifiedError] = []
         self._left_in = cancelled_in(request)
@@ -259,7 +261,11 @@ class _Passage:
         setting = self._setting
         if setting.mode == "audit":
             return AuditedGenerations(
-                recorded=self._recorded, done=self._done, unseen=self._unseen, obstacles=self._obstacles
+                recorded=self._recorded,
+                done=self._done,
+                unseen=self._unseen,
+                obstacles=self._obstacles,
+                refused=self._refused,
             )
         mode: ReplayMode = "alone" if setting.rescheduled else setting.mode
         models, scheduling = setting.models, self._scheduling()
@@ -272,6 +278,7 @@ class _Passage:
             unseen=self._unseen,
             obstacles=self._obstacles,
             ready=setting.ready,
+            refused=self._refused,
         )
 
     @property
