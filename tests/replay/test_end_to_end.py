@@ -138,6 +138,25 @@ def test_a_whole_run_replays_together_with_equal_verdicts(
     assert "whole run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "pin"),
+    [
+        (["artifact.quantization=int8"], "artifact.quantization"),
+        (["compiler.optimization_level=basic"], "compiler.optimization_level"),
+        (["compiler.flags.disable_optimizers=QuickGeluFusion"], "compiler.flags.disable_optimizers"),
+        (["compiler.flags.memory_pattern=1"], "compiler.flags.session.memory_pattern"),
+    ],
+)
+def test_a_package_that_nobody_prepared_is_prepared_for_a_replay_where_the_model_is_at_hand(
+    replay: Replay, recorded: Recorded, settings: list[str], pin: str
+) -> None:
+    first = recorded.references()[:1]
+    (verdict,) = replay("compiler.backend=onnxruntime", *settings, requests=first).values()
+    assert verdict.verdict in (Verdict.DIVERGED, Verdict.WITHIN_TOLERANCE), verdict.detail
+    assert pin in {change["pin"] for change in verdict.pins_changed}
+
+
 @pytest.mark.parametrize("mode", ["faithful", "forced", "audit"])
 def test_unchanged_replays_are_exact(replay: Replay, mode: str) -> None:
     assert {verdict.verdict for verdict in replay(mode=mode).values()} == {Verdict.EXACT}
