@@ -123,6 +123,46 @@ def softmax(x: Array, dim: int, dtype: torch.dtype | None = None) -> Array:
     return jax.nn.softmax(wide, axis=dim).astype(DTYPES[dtype] if dtype is not None else x.dtype)
 
 
+def convolve(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Sizes = (1, 1),
+    padding: Sizes = (0, 0),
+    dilation: Sizes = (1, 1),
+    groups: int = 1,
+) -> Array:
+    """Two-dimensional convolution, x [N,in,H,W] with weight [out,in/groups,h,w] and bias [out]."""
+    product = jax.lax.conv_general_dilated(
+        x,
+        weight,
+        tuple(stride),
+        [(size, size) for size in padding],
+        rhs_dilation=tuple(dilation),
+        dimension_numbers=("NCHW", "OIHW", "NCHW"),
+        feature_group_count=groups,
+        preferred_element_type=_wide(x.dtype),
+    )
+    return (product if bias is None else product + bias[None, :, None, None]).astype(x.dtype)
+
+
+def vector_norm(
+    x: Array, order: float = 2, dim: Sizes | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Array:
+    """Norm of order 1, 2 or infinity over dimensions, summed in float32."""
+    kind = DTYPES[dtype] if dtype is not None else x.dtype
+    wide, axes = jnp.abs(x.astype(_wide(kind))), None if dim is None else tuple(dim)
+    if order == 2:
+        found = jnp.sqrt(jnp.sum(wide * wide, axes, keepdims=keepdim))
+    elif order == 1:
+        found = jnp.sum(wide, axes, keepdims=keepdim)
+    elif order == float("inf"):
+        found = jnp.max(wide, axes, keepdims=keepdim)
+    else:
+        raise NotImplementedError(f"linalg_vector_norm of order {order}")
+    return found.astype(kind)
+
+
 def gelu(x: Array, *, approximate: str = "none") -> Array:
     """Gaussian error linear unit, exact or by tanh."""
     return jax.nn.gelu(x.astype(_wide(x.dtype)), approximate=approximate == "tanh").astype(x.dtype)
@@ -314,6 +354,8 @@ OPERATORS: Mapping[Any, Callable[..., Any]] = {
     ATEN.mm.default: matmul,
     ATEN.bmm.default: matmul,
     ATEN.addmm.default: addmm,
+    ATEN.conv2d.default: convolve,
+    ATEN.linalg_vector_norm.default: vector_norm,
     ATEN.scaled_dot_product_attention.default: attention,
     ATEN.rms_norm.default: rms_norm,
     ATEN.layer_norm.default: layer_norm,

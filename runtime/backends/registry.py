@@ -303,13 +303,14 @@ XLA = InstalledBackend(
             "kernels are chosen a bucket; a plan of one bucket a kind has yet to be offered as one"
         ),
         own_process=_not_ours("compiling runs in a child; steps run in the engine's process"),
-        one_shot_models=_not_ours("XLA compiles fixed shapes, and a bucket plan names those of a decoder only"),
+        one_shot_models=YES,
         onnx_files=_not_theirs("jax imports no ONNX"),
     ),
     libraries=("jax", "jaxlib", "torch"),
     runtime_libraries=("jax", "jaxlib"),
     lowering="runtime.backends.xla_lowering:XlaLowering",
     loader="runtime.backends.xla:load_xla",
+    one_shot_loader="runtime.backends.xla_one_shot:load_xla_one_shot",
     levels=("default", "o0", "o1", "o2", "o3"),
     flags={
         "specialization": ("ahead", "lazy"),

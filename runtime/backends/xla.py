@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from runtime.backends.protocol import CompileEvent, KVPool, LoadSpec, StepOutput
 from runtime.backends.xla_executable import compile_shapes, deserialize
 from runtime.backends.xla_platform import FLAGS, client
 from runtime.backends.xla_program import PortableProgram, shape_of
-from runtime.backends.xla_specializations import Specializations
+from runtime.backends.xla_specializations import FixedSizes, Shape, Specializations
 from runtime.models.config import ModelConfig
 from runtime.models.decoder import PRECISIONS
 
@@ -82,10 +82,10 @@ class XlaPool(TorchPool):
 class XlaProgram:
     """Weights and executables of a package, in XLA's hands."""
 
-    def __init__(self, weights: Sequence[Any], specializations: Specializations) -> None:
+    def __init__(self, weights: Sequence[Any], specializations: Specializations[Any]) -> None:
         self.weights, self.specializations = list(weights), specializations
 
-    def call(self, bucket: Bucket, inputs: Sequence[Any]) -> list[Any]:
+    def call(self, bucket: FixedSizes, inputs: Sequence[Any]) -> list[Any]:
         """Run one bucket on its inputs, NumPy or JAX; returns host arrays that are nobody else's."""
         import jax
 
@@ -153,14 +153,27 @@ def load_xla(package: Path, spec: LoadSpec) -> XlaExecutor:
     """Load a verified package folder: weights, and either all executables or the program to compile them from."""
     if spec.buckets is None:
         raise BackendRefused("the package declares no buckets", fix="prepare the model again")
-    buckets = {bucket: symbol_values(bucket, spec.buckets.pool) for bucket in spec.buckets.buckets()}
-    return XlaExecutor(load_program(package, spec.flags, buckets=buckets, threads=spec.threads), spec)
+    pool = spec.buckets.pool
+
+    def values(bucket: Bucket) -> dict[str, int]:
+        return symbol_values(bucket, pool)
+
+    program = load_program(package, spec.flags, ahead=spec.buckets.buckets(), values=values, threads=spec.threads)
+    return XlaExecutor(program, spec)
 
 
 def load_program(
-    package: Path, flags: Mapping[str, str], *, buckets: Mapping[Bucket, Mapping[str, int]], threads: int
+    package: Path,
+    flags: Mapping[str, str],
+    *,
+    ahead: Sequence[Shape],
+    values: Callable[[Shape], Mapping[str, int]],
+    threads: int,
 ) -> XlaProgram:
-    """Load the files of a package; `buckets` gives every symbol's value in each bucket."""
+    """Load the files of a package: the executables of `ahead`, and what compiles others where it may.
+
+    values: gives every symbol's value in a shape.
+    """
     made = client(threads)
     portable = PortableProgram.read((package / PROGRAM).read_bytes(), (package / DOCUMENT).read_text())
     weights = load_weights(package / WEIGHTS, portable)
@@ -169,12 +182,12 @@ def load_program(
     lazily = chosen["specialization"] == LAZY
     held = [shape_of(tuple(entry.shape), str(entry.dtype)) for entry in weights]
 
-    def compile_bucket(bucket: Bucket) -> Any:
-        return compile_shapes(portable, buckets[bucket], held, options).executable
+    def compile_bucket(bucket: Shape) -> Any:
+        return compile_shapes(portable, values(bucket), held, options).executable
 
-    ready: dict[Bucket, Any] = {}
+    ready: dict[Shape, Any] = {}
     if not lazily:
-        for bucket in buckets:
+        for bucket in ahead:
             ready[bucket] = deserialize(made, (package / EXECUTABLE.format(bucket.name)).read_bytes())
     specializations = Specializations(
         ready,
@@ -200,7 +213,7 @@ def load_weights(path: Path, program: PortableProgram) -> list[Any]:
         ) from error
 
 
-def _cache_key(program: str, options: str, threads: int, bucket: Bucket) -> str:
+def _cache_key(program: str, options: str, threads: int, bucket: FixedSizes) -> str:
     return digest(
         {
             "program": program,

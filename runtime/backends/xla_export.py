@@ -17,16 +17,22 @@ from runtime.backends.xla_program import Argument, PortableProgram, shape_of
 DOUBLE = "f64"
 
 
-def export_portable(exported: ExportedProgram, names: Mapping[str, str]) -> PortableProgram:
+def export_portable(
+    exported: ExportedProgram,
+    names: Mapping[str, str],
+    *,
+    ranges: Mapping[str, tuple[int, int]] | None = None,
+) -> PortableProgram:
     """Take a program through the bridge to StableHLO with symbolic sizes.
 
     names: the exporter's symbols by the names that they get.
+    ranges: inclusive range of each name, where the program's own may have no end.
     Raises BuildFailed of stage 1 for unsupported operators, sizes that are no multiple of a symbol, and whatever JAX
     itself refuses.
     """
     program = to_jax(exported)
     arguments = _arguments(exported, program, names)
-    symbols = _ranges(exported, names)
+    symbols = dict(ranges) if ranges is not None else _ranges(exported, names)
     limits = [
         f"{name} {sign} {bound}" for name, (low, high) in symbols.items() for sign, bound in ((">=", low), ("<=", high))
     ]

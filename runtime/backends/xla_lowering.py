@@ -15,9 +15,9 @@ from runtime.backends import program as programs
 from runtime.backends.build_process import BuildProcess
 from runtime.backends.contract import InputContract
 from runtime.backends.errors import BackendRefused
-from runtime.backends.fixture import compare_with_reference
 from runtime.backends.jax_bridge import held_tensors
 from runtime.backends.lowering import ExportedLowering, target, unknown
+from runtime.backends.one_shot import OneShotModel, OneShotSpec
 from runtime.backends.program import StepProgram
 from runtime.backends.protocol import Boundary, LoadSpec
 from runtime.backends.xla import (
@@ -29,13 +29,16 @@ from runtime.backends.xla import (
     LEVEL,
     PROGRAM,
     WEIGHTS,
+    XlaExecutor,
     compile_options,
     load_xla,
     symbol_values,
 )
 from runtime.backends.xla_export import check_types, export_portable
+from runtime.backends.xla_one_shot import BATCHES_FLAG, XlaOneShot, load_xla_one_shot
 from runtime.backends.xla_platform import FLAGS, client
 from runtime.backends.xla_program import dialect, read_module
+from runtime.backends.xla_shapes import batch_plan, free_symbols, shapes_ahead, typical_shapes
 
 POOL_SYMBOL = "P"
 
@@ -52,7 +55,13 @@ class XlaLowering(ExportedLowering):
     def settings(self) -> dict[str, str]:
         """Every flag with its value, defaults written out."""
         level = DEFAULT_LEVEL if self.options.optimization == "default" else self.options.optimization
-        return {**DEFAULTS, **self.options.flags, LEVEL: level}
+        chosen = {**DEFAULTS, **self.options.flags, LEVEL: level}
+        model = self.one_shot()
+        if model is None:
+            return chosen
+        if free_symbols(model.contract) and "specialization" not in self.options.flags:
+            chosen["specialization"] = LAZY
+        return {**chosen, BATCHES_FLAG: ",".join(map(str, self._batches(model)))}
 
     @property
     def lazily(self) -> bool:
@@ -62,7 +71,11 @@ class XlaLowering(ExportedLowering):
     @property
     def buckets(self) -> dict[str, dict[str, int]]:
         """Each bucket by name, with the value of every symbol in it."""
-        plan = self.options.buckets
+        plan, model = self.options.buckets, self.one_shot()
+        if model is not None:
+            batches = self._batches(model)
+            shapes = typical_shapes(model.contract, batches) if self.lazily else shapes_ahead(model.contract, batches)
+            return {shape.name: shape.values() for shape in shapes}
         if plan is None:
             raise BackendRefused("xla compiles fixed shapes and was given no buckets", fix="declare a bucket plan")
         return {bucket.name: symbol_values(bucket, plan.pool) for bucket in plan.buckets()}
@@ -71,7 +84,9 @@ class XlaLowering(ExportedLowering):
         """Stage 1: the exported program, then its StableHLO form; every unsupported operator is named at once."""
         client(self.options.threads)  # refuses a bad XLA_FLAGS before XLA ends this process over it
         base = super().capture()
-        self._portable = export_portable(self.program.exported, self._names())
+        model = self.one_shot()
+        ranges = None if model is None else model.contract.symbols
+        self._portable = export_portable(self.program.exported, self._names(), ranges=ranges)
         name = digest(self._portable.blob)
         versions = dialect()
         record = {
@@ -103,7 +118,8 @@ class XlaLowering(ExportedLowering):
         base = super().analyze()
         module = self._module
         bounds = {name: limits for name, limits in module.bounds.items() if name != POOL_SYMBOL}
-        programs.check_conserved(bounds, self.program.declared, stage="a03", where="the StableHLO module")
+        declared = self.program.declared if self.one_shot() is None else self._symbols()
+        programs.check_conserved(bounds, declared, stage="a03", where="the StableHLO module")
         check_types(module.types, self.program.exported, stage="a03")
         record = {
             **base.record,
@@ -119,7 +135,7 @@ class XlaLowering(ExportedLowering):
         self._optimized = report = self._build.wait_for("optimized", stage="a04")
         self._partitioned = self._build.wait_for("partitioned", stage="a05")
         self._lowered = self._build.wait_for("lowered", stage="a06")
-        comparison = compare_with_reference(load_xla(self.work, self._spec()), self.model_folder)
+        comparison = self.compare(self._executor())
         if not comparison.within:
             raise BackendRefused(
                 f"the compiled buckets differ from eager by {comparison.relative_rms:.2e} (relative root mean square)",
@@ -217,6 +233,8 @@ class XlaLowering(ExportedLowering):
         super().close()
 
     def _names(self) -> dict[str, str]:
+        if self.one_shot() is not None:
+            return dict(self.program.names)
         declared = self.program.declared
         names = {text: name for text, name in self.program.names.items() if name in declared}
         pool = next(node for node in self.program.exported.graph.nodes if node.name == "k_pool").meta["val"]
@@ -256,6 +274,22 @@ class XlaLowering(ExportedLowering):
             deadline_seconds=self.options.deadline_seconds,
             fix="lower the optimization level, declare fewer buckets, or use the onnxruntime backend",
         )
+
+    def _batches(self, model: OneShotModel) -> tuple[int, ...]:
+        plan = self.options.buckets
+        return batch_plan(model.contract, None if plan is None else plan.decode)
+
+    def _executor(self) -> XlaExecutor | XlaOneShot:
+        model = self.one_shot()
+        if model is None:
+            return load_xla(self.work, self._spec())
+        spec = OneShotSpec(
+            contract=model.contract,
+            precision=model.precision,
+            flags=self.settings,
+            threads=self.options.threads,
+        )
+        return load_xla_one_shot(self.work, spec)
 
     def _spec(self) -> LoadSpec:
         config = cast(StepProgram, self.program).checkpoint.config

@@ -10,33 +10,42 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
-from runtime.backends.buckets import Bucket
 from runtime.backends.errors import InputRefused
 from runtime.backends.protocol import CompileEvent
 
 
-class Specializations:
-    """Executables by bucket; safe to share between threads."""
+class FixedSizes(Protocol):
+    """What names a compiled shape: hashable, with a name of its own."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Shape = TypeVar("Shape", bound=FixedSizes)
+
+
+class Specializations(Generic[Shape]):
+    """Executables by shape; safe to share between threads."""
 
     def __init__(
         self,
-        ready: Mapping[Bucket, Any],
+        ready: Mapping[Shape, Any],
         *,
-        compile_bucket: Callable[[Bucket], Any] | None,
-        cache_key: Callable[[Bucket], str],
+        compile_bucket: Callable[[Shape], Any] | None,
+        cache_key: Callable[[Shape], str],
         limit: int,
         concurrency: int,
         evict: bool,
     ) -> None:
         """Hold `ready`; with `compile_bucket` None a missing bucket is a defect of the package and is refused."""
-        self._ready: OrderedDict[Bucket, Any] = OrderedDict(ready)
+        self._ready: OrderedDict[Shape, Any] = OrderedDict(ready)
         self._compile, self._cache_key = compile_bucket, cache_key
         self._limit, self._evict = limit, evict
         self._lock = threading.Lock()
         self._turn = threading.Semaphore(concurrency)
-        self._underway: dict[Bucket, threading.Event] = {}
+        self._underway: dict[Shape, threading.Event] = {}
         self._events: list[CompileEvent] = []
 
     def events(self) -> tuple[CompileEvent, ...]:
@@ -44,12 +53,12 @@ class Specializations:
         with self._lock:
             return tuple(self._events)
 
-    def held(self) -> tuple[Bucket, ...]:
+    def held(self) -> tuple[Shape, ...]:
         """List the buckets that are compiled now, least recently used first."""
         with self._lock:
             return tuple(self._ready)
 
-    def get(self, bucket: Bucket) -> Any:
+    def get(self, bucket: Shape) -> Any:
         """Give a bucket's executable, compiling it where that is allowed.
 
         Raises InputRefused where the package compiles nothing or holds its limit already; whatever compiling raises.
@@ -68,15 +77,15 @@ class Specializations:
             other.wait()  # another thread compiles this bucket; look again when it is done
         return self._make(bucket, compile_bucket)
 
-    def _admitted(self, bucket: Bucket) -> Callable[[Bucket], Any]:
+    def _admitted(self, bucket: Shape) -> Callable[[Shape], Any]:
         if self._compile is None:
             raise self._refused(bucket, "its executables were all made ahead of time", "none: nothing is compiled")
         if self._evict or len(self._ready) + len(self._underway) < self._limit:
             return self._compile
         raise self._refused(bucket, f"it holds its limit of {self._limit} shapes", "none: on_limit=refuse")
 
-    def _make(self, bucket: Bucket, compile_bucket: Callable[[Bucket], Any]) -> Any:
-        evicted: Bucket | None = None
+    def _make(self, bucket: Shape, compile_bucket: Callable[[Shape], Any]) -> Any:
+        evicted: Shape | None = None
         try:
             with self._turn:
                 start = time.perf_counter_ns()
@@ -99,7 +108,7 @@ class Specializations:
                 self._underway.pop(bucket).set()
         return made
 
-    def _refused(self, bucket: Bucket, why: str, fallback: str) -> InputRefused:
+    def _refused(self, bucket: Shape, why: str, fallback: str) -> InputRefused:
         held = ", ".join(entry.name for entry in self._ready)
         return InputRefused(
             f"the shape {bucket.name} is not compiled and the package compiles no more: {why}",

@@ -71,11 +71,9 @@ class Observed:
 def run(received: Loaded, *, store: PackageStore) -> StageOutcome[Warmed]:
     """Validate against the fixtures, measure, probe, decide readiness and keep the baseline."""
     model = received.model
-    one_shot = isinstance(model, OneShotPackage)
-    compiled_before, lazily = compilations(), [] if one_shot else compile_events(model.executor)
-    seen = _observe_one_shot(model, store) if one_shot else _observe(received, model, store)
-    events = [] if one_shot else compile_events(model.executor)[len(lazily) :]
-    late = not one_shot and lazy(model)
+    compiled_before, earlier = compilations(), compile_events(model)
+    seen = _observe_one_shot(model, store) if isinstance(model, OneShotPackage) else _observe(received, model, store)
+    events, late = compile_events(model)[len(earlier) :], lazy(model)
     compiled = compilations() - compiled_before
     warmed = Warmed(model, seen.outputs, seen.invariance, ready=compiled == (len(events) if late else 0))
     if not warmed.ready:
@@ -208,11 +206,11 @@ def compilations() -> int:
     return graphs + (platform.compile_counter().count if platform is not None else 0)
 
 
-def compile_events(executor: Executor) -> tuple[CompileEvent, ...]:
+def compile_events(model: LoadedModel | OneShotPackage) -> tuple[CompileEvent, ...]:
     """Give what a package compiled since its load; nothing where it cannot compile."""
-    return executor.compile_events() if isinstance(executor, Specializing) else ()
+    return model.executor.compile_events() if isinstance(model.executor, Specializing) else ()
 
 
-def lazy(model: LoadedModel) -> bool:
+def lazy(model: LoadedModel | OneShotPackage) -> bool:
     """Say whether the package was prepared to compile shapes at their first use."""
     return isinstance(model.executor, Specializing) and model.executor.compiles_lazily()

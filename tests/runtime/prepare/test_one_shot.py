@@ -39,7 +39,7 @@ def takes(backend: str, model: str) -> bool:
     return not model.endswith(".onnx") or row.abilities["onnx_files"].support is Support.SUPPORTED
 
 
-COMPILED = {("inductor", "classifier.pt2"), ("iree", "classifier.pt2")}
+COMPILED = {("inductor", "classifier.pt2"), ("iree", "classifier.pt2"), ("xla", "embedder.pt2")}
 """Half a minute of compiling each; one model a compiler stays in the default run."""
 PAIRS = [
     pytest.param(backend, model, marks=[pytest.mark.slow] if (backend, model) in COMPILED else [])
@@ -153,7 +153,7 @@ def test_preparing_again_gives_the_same_package(
 
 
 def test_a_convolution_runs_where_its_batch_stays_dynamic(folder: Path, one_shot_store: PackageStore) -> None:
-    for backend in ("eager", "onnxruntime"):
+    for backend in ("eager", "onnxruntime", "xla"):
         package = prepare(folder / "images.pt2", backend=backend, store=one_shot_store)
         assert package.reports[-1].record["output_comparison"]["within"]
 
