@@ -37,6 +37,11 @@ exit codes: 0 exact or within tolerance, 1 diverged or unverified, 2 refused, 3 
 """
 
 
+REQUESTS_ONLY: Mapping[str, Any] = {"mode": "faithful", "repeat": 1, "together": False}
+PREPARATIONS_ONLY: Mapping[str, Any] = {"model": None, "stop_at_first": False}
+"""Options that mean something for one kind of recording only, and what they are when they are not given."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `replay run`."""
     parser.epilog = EXAMPLE
@@ -71,7 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
     ledger = screen.open_ledger(arguments.ledger)
     target = resolve(ledger, arguments.id)
     if target.request_ref is None and is_preparation(ledger, target.run_id):
+        _refuse_for("a preparation", arguments, REQUESTS_ONLY)
         return run_preparation(arguments, ledger, target)
+    _refuse_for("a request", arguments, PREPARATIONS_ONLY)
     if arguments.together and (target.request_ref or arguments.settings or arguments.mode != "faithful"):
         raise ReplayRefused(
             "--together replays a whole run, faithfully and under its own pins",
@@ -90,6 +97,16 @@ def run(arguments: argparse.Namespace) -> int:
     _print(arguments, done, whole_run=target.request_ref is None)
     verdicts = [one.verdict for one in done]
     return EXIT_FAILED if any(died(verdict) for verdict in verdicts) else exit_code(verdicts)
+
+
+def _refuse_for(what: str, arguments: argparse.Namespace, options: Mapping[str, Any]) -> None:
+    """Refuse options that mean nothing for what is replayed, instead of ignoring them."""
+    given = [name for name, default in options.items() if getattr(arguments, name) != default]
+    if given:
+        shown = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ReplayRefused(
+            f"{shown} does not apply to {what}", fix="Leave it out: replay run --help says what it is for."
+        )
 
 
 def _print_refusal(arguments: argparse.Namespace, target: Target, refusal: PinRefused) -> int:

@@ -83,6 +83,14 @@ def test_every_command_prints_for_people_too(recorded: Recorded, capsys: pytest.
         assert says in capsys.readouterr().out, words
 
 
+def test_an_option_of_preparations_is_refused_for_a_request(
+    recorded: Recorded, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", recorded.references()[0], "--stop-at-first", "--ledger", str(recorded.path)]
+    assert main(words) == 2
+    assert "--stop-at-first does not apply to a request" in capsys.readouterr().err
+
+
 def test_two_requests_that_part_are_shown_token_by_token(
     recorded: Recorded, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -186,6 +186,13 @@ def test_what_is_no_choice_of_a_preparation_is_refused_before_anything_runs(
     assert (printed["verdict"], printed["refused_pin"]) == ("refused", setting.partition("=")[0])
 
 
+def test_an_option_of_requests_is_refused_for_a_preparation(
+    recorded: Callable[[str], str], ledger: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", recorded("eager"), "--repeat", "3", "--ledger", str(ledger)]) == 2
+    assert "--repeat does not apply to a preparation" in capsys.readouterr().err
+
+
 def test_a_failed_preparation_fails_alike_when_it_is_run_again(
     ledger: Path, model: Path, again: Callable[..., ReplayVerdict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
