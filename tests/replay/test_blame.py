@@ -64,14 +64,14 @@ def test_what_cannot_be_blamed_is_refused(recorded: Recorded, capsys: pytest.Cap
 
 def test_other_arrivals_are_planned_again_and_counted(recorded: Recorded) -> None:
     """The recorded engine is simulated exactly, generation by generation; moves and samples are told in words too."""
-    for reference in recorded.references()[:4]:
-        body = found_of(recorded, reference, samples=6, arrivals=True, seed=3)[-1].body
+    for reference in recorded.references()[:2]:
+        body = found_of(recorded, reference, samples=4, arrivals=True, seed=3)[-1].body
         score, arrivals = body["sensitivity"], body["arrivals"]
         assert score["faithful"]
         assert arrivals["faithful"]
-        assert score["bits"]["samples"] == 6
-        assert score["bits"]["low"] <= score["bits"]["count"] / 6 <= score["bits"]["high"]
-        assert body["replays_around"] <= len(arrivals["shifts"]) + 6
+        assert score["bits"]["samples"] == 4
+        assert score["bits"]["low"] <= score["bits"]["count"] / 4 <= score["bits"]["high"]
+        assert body["replays_around"] <= len(arrivals["shifts"]) + 4
         assert {shift["by"] for shift in arrivals["shifts"]} == {-1, 1}
         assert all(shift["who"] is None or shift["who"]["own_tenant"] == bool(shift["who"]["request"])
                    for shift in arrivals["shifts"])  # fmt: skip
