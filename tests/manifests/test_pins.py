@@ -154,6 +154,17 @@ def test_every_field_of_every_dimension_can_be_set_to_what_it_is(dimension: str)
             assert PINS.set(f"{dimension}.{field}", value) == PINS
 
 
+def test_a_later_field_is_left_out_at_its_default_and_still_differs() -> None:
+    """Also inside another document, so that what was recorded before the field existed keeps its digest."""
+    before, after = PINS.scheduling, PINS.set("scheduling.max_num_queued_reqs", "8").scheduling
+    assert "max_num_queued_reqs" not in before.to_document()
+    assert after.to_document() == before.to_document() | {"max_num_queued_reqs": 8}
+    assert SchedulingManifest.from_document(after.to_document() | {"max_num_queued_reqs": None}) == before
+    found = diff(PINS, PINS.replace(scheduling=after))
+    assert [(item.path, item.left, item.right) for item in found] == [("scheduling.max_num_queued_reqs", None, 8)]
+    assert PINS.model_dump(mode="json")["scheduling"] == before.to_document()
+
+
 def test_pins_are_read_without_heavy_libraries() -> None:
     program = "import manifests.run, manifests.diff, manifests.preparation, sys; print(sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

@@ -44,6 +44,14 @@ def test_every_prompt_is_a_prefix_of_the_next_turns_prompt(desk: Desk) -> None:
     assert second.prompt[: len(first.prompt)] == first.prompt
 
 
+def test_the_engine_is_told_priority_tenant_and_deadline(desk: Desk) -> None:
+    question = questions("policy")[0]
+    desk.ask(envelope(question, priority=3, timeout_us=5_000_000))
+    (request,) = desk.service.requests
+    assert (request.priority, request.tenant) == (3, question.tenant)
+    assert request.deadline_us is not None and 0 < request.deadline_us < 5_000_000
+
+
 def test_a_ticket_is_written_once_and_audited_before_it_is(desk: Desk) -> None:
     outcome = desk.ask(envelope(questions("ticket")[0]))
     assert outcome.failure is None
