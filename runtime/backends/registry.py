@@ -302,7 +302,7 @@ XLA = InstalledBackend(
         batch_invariant=_not_ours(
             "kernels are chosen a bucket; a plan of one bucket a kind has yet to be offered as one"
         ),
-        own_process=_not_ours("compiling runs in a child; steps run in the engine's process"),
+        own_process=_not_ours("executables read pools of the plan's size; a hosted pool has the size asked for"),
         one_shot_models=YES,
         onnx_files=_not_theirs("jax imports no ONNX"),
     ),
