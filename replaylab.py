@@ -13,6 +13,7 @@ COMMANDS = {
     "packages": ("runtime.prepare.packages_cli", "List, show, verify and compare prepared packages."),
     "record": ("experiments.record", "Run a workload through the runtime and record it into the ledger."),
     "serve": ("runtime.gateway.cli", "Answer requests over HTTP, recording every stage."),
+    "infer": ("runtime.gateway.infer", "Answer requests with a one-shot package, batched and recorded."),
     "study": ("experiments.study_cli", "Run an MLflow-tracked experiment."),
     "dashboard": ("dashboards.cli", "Open the trace-analysis pages in a browser."),
     "ledger": ("traces.ledger.cli", "Verify, rebuild, compact or drain a ledger."),
