@@ -59,7 +59,7 @@ class OnnxFileLowering(OrtLowering):
             "source_framework": f"onnx file, {len(self._file.files) - 1} files of external data",
             "opset_or_dialect": f"{opsets}, IR {self._model.ir_version}",
             "warnings": [f"operators outside the standard: {', '.join(foreign)}"] if foreign else [],
-            "unsupported_nodes": [],
+            "unsupported_nodes": onnx_graph.unsupported(self._model),
             "artifact_digest": name,
         }
         return Boundary({"onnx": name, "model": self._file.digest}, record)
