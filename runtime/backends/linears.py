@@ -26,10 +26,16 @@ def check_process(flags: Mapping[str, str]) -> None:
     if recipe_of(flags) != "strict":
         return
     mode = os.environ.get("MKL_CBWR")
-    if mode not in STRICT_MODES or not mkl_is_strict():
+    if mode not in STRICT_MODES:
         raise BackendRefused(
             f"the recipe 'strict' needs MKL's strict mode; MKL_CBWR is {mode or 'unset'} in this process",
             fix="start the process with MKL_CBWR=AVX512,STRICT (or AVX2,STRICT), or prepare with --flag recipe=tile",
+            evidence={"operator_details": f"MKL_CBWR={mode}"},
+        )
+    if not mkl_is_strict():
+        raise BackendRefused(
+            f"MKL varies with the batch under MKL_CBWR={mode}: on this processor it does not honour the setting",
+            fix="prepare with --flag recipe=tile",
             evidence={"operator_details": f"MKL_CBWR={mode}", "validation_output": "MKL varies with the batch"},
         )
 

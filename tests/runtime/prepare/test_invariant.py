@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,3 +219,39 @@ def test_the_record_says_what_bits_depend_on_and_which_kernels_vary(
     assert "attention" in decided[False]["varying_kernels"]
     assert ("mkl sgemm" in decided[False]["varying_kernels"]) == (backend == "eager")
     assert decided[False]["invariance"]["control"] == "differs"
+
+
+STRICT = """
+import sys
+from runtime.backends.linears import mkl_is_strict
+print(mkl_is_strict())
+from pathlib import Path
+from runtime.prepare.pipeline import prepare
+from runtime.prepare.store import PackageStore
+from runtime.backends.protocol import BuildOptions
+from tests.runtime.prepare.conftest import BOUNDS
+options = BuildOptions(bounds=BOUNDS, batch_invariant=True, flags={"recipe": "strict"})
+prepared = prepare(Path(sys.argv[1]), backend="eager", store=PackageStore(Path(sys.argv[2])), options=options)
+found = prepared.reports[-1].record["readiness_decision"]["invariance"]
+print(prepared.digest)
+print(sorted({found[axis] for axis in ("batch", "padding", "chunks", "prefill", "recompute")}))
+"""
+
+
+@pytest.mark.slow
+def test_the_strict_recipe_holds_where_mkl_honours_it_and_loads_in_no_other_process(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    """MKL reads MKL_CBWR on some processors only; elsewhere the recipe is refused, whatever the variable says."""
+    environment = {**os.environ, "MKL_CBWR": "AVX512,STRICT", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", STRICT, str(model_folder), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    honoured, *found = done.stdout.strip().splitlines()
+    if honoured == "False":
+        assert done.returncode == 1
+        assert "does not honour the setting" in done.stderr
+        return
+    digest, axes = found
+    assert axes == "['equal']"
+    with pytest.raises(BackendRefused, match="MKL_CBWR is unset"):
+        load_package(PackageStore(tmp_path), digest)
