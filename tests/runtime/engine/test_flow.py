@@ -127,6 +127,7 @@ def test_a_deadline_ends_a_held_sequence_in_an_idle_engine() -> None:
         reader = Reader()
         result = live.submit(request("a", deadline_us=200_000), reader, flow=reader.flow).wait(60)
     assert (result.finish_reason, result.partial, len(result.tokens)) == ("deadline", True, LIMIT + 1)
+    assert result.latency is not None and result.latency.delivery_us > result.latency.total_us // 2
     (ended,) = [(p, c) for n, p, c in recorder.events if n == "engine.sequence" and p["phase"] == "finished"]
     assert ended[0]["partial"] is True and ended[1]["status"] == "partial"
 
