@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from manifests.scheduling import SchedulingManifest
 from runtime.engine.ensemble import Ensemble
+from runtime.engine.errors import SequenceRefused
 from runtime.engine.generation import GenerationRequest, Sampling
 from runtime.engine.playback import PlanPlayer
 from tests.runtime.engine.recorded import Recording, requests_with_shared_prefixes
@@ -81,7 +82,12 @@ def replay_all(model: Any, scheduling: SchedulingManifest, recording: Recording)
     player = PlanPlayer(model.executor, model.tokenizer, scheduling, recording.plans, recording.sequences)
     held: Counter[str] = Counter()
     for request, result in zip(recording.requests, recording.results, strict=True):
-        playback = player.play(request, "faithful", result)
+        try:
+            playback = player.play(request, "faithful", result)
+        except SequenceRefused as refused:  # lineage through evicted blocks can need more at once than the pool has
+            assert "cache blocks at once" in refused.message
+            held["too_large"] += 1
+            continue
         assert playback.result.document() == result.document()
         assert playback.result.steps == result.steps
         assert playback.slice.past_calls == 0
@@ -136,6 +142,7 @@ def test_the_hard_cases_are_in_the_slices_of_every_policy(eager: ToyModel, polic
     leaves = {3: wanted[3]["tick"] + 5, 11: wanted[11]["tick"] + 9}
     recording = record_steps(eager, scheduling, requests, [wish["tick"] for wish in wanted], leaves=leaves)
     held = replay_all(eager, scheduling, recording)
+    assert held["too_large"] == 0
     assert held["preemptions"] > 2
     assert held["hits"] > 2
     assert held["cancelled"] >= 1
