@@ -102,6 +102,7 @@ class IreeLowering(ExportedLowering):
             **base.record,
             "exporter_version": f"{base.record['exporter_version']}, FxImporter {self.versions['iree-base-compiler']}",
             "opset_or_dialect": f"{base.record['opset_or_dialect']}; MLIR torch dialect",
+            "unsupported_nodes": report["unsupported"],
             "artifact_digest": report["module"],
         }
         return Boundary({**base.emitted, "mlir": report["module"]}, record, base.timings)

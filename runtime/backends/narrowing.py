@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.export import Dim, ExportedProgram
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from runtime.backends.errors import BuildFailed
 
@@ -54,6 +55,22 @@ def narrow(exported: ExportedProgram, sizes: Mapping[str, int]) -> ExportedProgr
             return torch.export.export(exported.module(), tuple(inputs), dynamic_shapes=tuple(shapes))
     except Exception as error:  # torch.export has no common error class
         raise _refused(f"at sizes {dict(sizes)}: {str(error).splitlines()[0][:300]}") from error
+
+
+def limit(exported: ExportedProgram, limits: Mapping[str, int]) -> ExportedProgram:
+    """Lower the upper end of the symbols named in `limits`, in place; the program itself does not change.
+
+    A compiler that plans memory for the largest sizes then plans less.  Fixing a symbol instead would export the
+    program anew, and a dimension of 1 brings guards of its own over the strides of its neighbours.
+    """
+    for value in _user_inputs(exported):
+        for size in value.shape:
+            if isinstance(size, torch.SymInt) and str(size.node.expr) in limits:
+                symbol, most = size.node.expr, limits[str(size.node.expr)]
+                lowered = ValueRanges(1, most)
+                size.node.shape_env.var_to_range[symbol] = lowered
+                exported.range_constraints[symbol] = lowered
+    return exported
 
 
 def _user_inputs(exported: ExportedProgram) -> list[torch.Tensor]:

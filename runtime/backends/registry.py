@@ -257,6 +257,33 @@ INDUCTOR = InstalledBackend(
         RECIPE: RECIPES,
     },
 )
+EXECUTORCH = InstalledBackend(
+    name="executorch",
+    abilities=abilities(
+        float32=YES,
+        bfloat16=_not_theirs("XNNPACK's kernels and partitioner know float32 and float16, and no bfloat16"),
+        int8=_not_ours("torchao's XNNPACKQuantizer is installed; no quantized decoder yet"),
+        dynamic_shapes=YES,
+        threads=YES,
+        optimization_levels=_never("its passes are fixed; choices are the flags delegate, memory_plan and methods"),
+        reproducible_build=YES,
+        reproducible_steps=YES,
+        batch_invariant=_not_ours("decode batches are invariant by default; padding and chunks need a recipe"),
+        own_process=YES,
+        one_shot_models=_not_ours("only the functional step is loaded"),
+    ),
+    libraries=("executorch", "torch"),
+    runtime_libraries=("executorch", "torch"),
+    lowering="runtime.backends.executorch_lowering:ExecutorchLowering",
+    loader="runtime.backends.executorch:load_executorch",
+    flags={
+        "delegate": ("xnnpack", "none"),
+        "memory_plan": ("greedy", "naive"),
+        "methods": ("split", "single"),
+    },
+    can_abort=True,
+    extra="executorch",
+)
 IREE = InstalledBackend(
     name="iree",
     abilities=abilities(
@@ -323,7 +350,7 @@ XLA = InstalledBackend(
     buckets="needed",
     extra="xla",
 )
-BACKENDS: tuple[InstalledBackend, ...] = (EAGER, ONNXRUNTIME, INDUCTOR, IREE, XLA)
+BACKENDS: tuple[InstalledBackend, ...] = (EAGER, ONNXRUNTIME, INDUCTOR, EXECUTORCH, IREE, XLA)
 
 
 def backend_named(name: str) -> Backend:

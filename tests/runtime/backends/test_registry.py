@@ -32,7 +32,7 @@ def test_an_incomplete_table_or_a_bare_no_is_an_error() -> None:
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(BackendRefused, match="eager, onnxruntime, inductor, iree"):
+    with pytest.raises(BackendRefused, match="eager, onnxruntime, inductor, executorch, iree, xla"):
         registry.backend_named("tensorrt")
 
 
@@ -51,6 +51,8 @@ def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
         ("xla", BuildOptions(precision="int8"), "int8"),
         ("eager", BuildOptions(providers=("CPUExecutionProvider",)), "providers"),
         ("iree", BuildOptions(precision="bfloat16"), "bfloat16"),
+        ("executorch", BuildOptions(precision="bfloat16"), "no bfloat16"),
+        ("executorch", BuildOptions(flags={"delegate": "coreml"}), "delegate"),
         ("iree", BuildOptions(flags={"target_cpu": "pentium9000"}), "target_cpu"),
         ("eager", BuildOptions(buckets=default_plan(Bounds())), "its shapes are dynamic"),
     ],

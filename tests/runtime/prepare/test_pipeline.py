@@ -34,6 +34,7 @@ ALL = [
     ("onnxruntime", "float32"),
     ("onnxruntime", "int8"),
     ("inductor", "float32"),
+    ("executorch", "float32"),
     ("iree", "float32"),
     ("xla", "float32"),
 ]
