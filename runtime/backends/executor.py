@@ -76,6 +76,10 @@ class LoadedExecutor(Generic[Loaded]):
         """Run the step on inputs that satisfy the contract; refuse a pool of another executor with `InputRefused`."""
         raise NotImplementedError
 
+    def device_memory(self) -> dict[str, int] | None:
+        """Tell the bytes that the backend's own allocator holds, by name; None where it has none to ask."""
+        return None
+
     def close(self) -> None:
         """Drop what was loaded; the executor cannot step afterwards."""
         self._loaded = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import resource
 import tempfile
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -31,6 +33,10 @@ WHOLE = "forward"
 """The only method of a package that was prepared with `methods=single`."""
 ARENA = "arena_bytes"
 """The compiler manifest's flag that tells how much memory the plan of all methods takes."""
+
+
+TELLING = re.compile(r"missing|not found|not registered|don't have|invalid|fail|error", re.IGNORECASE)
+"""Lines of ExecuTorch's log that name a fault; beside them it lists every kernel that it has."""
 
 
 class ThreadPool:
@@ -68,6 +74,10 @@ class ExecutorchExecutor(TorchExecutor[Any]):
 
     backend = "executorch"
 
+    def device_memory(self) -> dict[str, int]:
+        """Tell the planned arena of all methods, which is allocated with them."""
+        return {ARENA: int(self.spec.flags.get(ARENA, "0"))}
+
     def run(self, loaded: Any, inputs: StepInputs, pool: KVPool) -> StepOutput:
         """Call the method for the shape: rows of one token together, rows of many tokens one by one."""
         tokens, positions, k_pool, v_pool, slots, lengths = self.tensors(inputs, pool)
@@ -98,19 +108,29 @@ def load_executorch(package: Path, spec: LoadSpec) -> ExecutorchExecutor:
     Errors: `CapacityExhausted` before anything is loaded where the memory plan does not fit; `BackendRefused` where the
     file is none, or needs operators or delegates that this runtime lacks.
     """
-    executor = ExecutorchExecutor(open_program(package / PROGRAM, spec), spec)
+    executor = ExecutorchExecutor(open_program(package / PROGRAM, threads=spec.threads, flags=spec.flags), spec)
     pool = executor.new_pool(2)  # the smallest that the program admits
-    with noted_log() as log:
-        try:
-            for tokens in (1, min(2, spec.contract.bounds.max_tokens)):
-                zeros, none = np.zeros((1, tokens), dtype=np.int64), np.zeros(1, dtype=np.int64)
-                executor.step(zeros, zeros, none.reshape(1, 1), none, pool)
-        except Exception as error:  # a missing operator or delegate shows at the first call, as a failed execution
-            raise _refused(error, log) from error
+
+    def first_calls() -> None:
+        for tokens in (1, min(2, spec.contract.bounds.max_tokens)):
+            zeros, none = np.zeros((1, tokens), dtype=np.int64), np.zeros(1, dtype=np.int64)
+            executor.step(zeros, zeros, none.reshape(1, 1), none, pool)
+
+    called_once(first_calls)
     return executor
 
 
-def open_program(path: Path, spec: LoadSpec) -> Any:
+def called_once(first_calls: Callable[[], object]) -> None:
+    """Run a program for the first time; a missing operator or delegate shows only then, and is a refusal to load."""
+    log: list[str] = []
+    try:
+        with noted_log(log):
+            first_calls()
+    except Exception as error:
+        raise _refused(error, log) from error
+
+
+def open_program(path: Path, *, threads: int, flags: Mapping[str, str]) -> Any:
     """Map a program file, after checking that it is one and that its memory plan fits."""
     from executorch.extension.pybindings import _C  # the public module imports the whole compiler
 
@@ -123,14 +143,16 @@ def open_program(path: Path, spec: LoadSpec) -> Any:
             fix="prepare the model again",
             evidence={"provider_log": f"identifier {head[4:8]!r}, expected {MAGIC!r}"},
         )
-    check_memory(int(spec.flags.get(ARENA, "0")))
-    with noted_log() as log:
-        THREADS.hold(native, spec.threads)
-        try:
+    check_memory(int(flags.get(ARENA, "0")))
+    log: list[str] = []
+    with noted_log(log):
+        THREADS.hold(native, threads)
+    try:
+        with noted_log(log):
             module = native._load_for_executorch(str(path))
-        except Exception as error:
-            THREADS.release()
-            raise _refused(error, log) from error
+    except Exception as error:
+        THREADS.release()
+        raise _refused(error, log) from error
     finalize(module, THREADS.release)
     return module
 
@@ -150,26 +172,31 @@ def check_memory(needed: int) -> None:
 
 
 @contextmanager
-def noted_log() -> Generator[list[str]]:
-    """Keep what native code writes to standard error: ExecuTorch says there, and only there, what is wrong."""
-    lines: list[str] = []
+def noted_log(lines: list[str]) -> Generator[None]:
+    """Add to `lines` what native code writes to standard error: only there does ExecuTorch say what is wrong.
+
+    Parts of it write to the descriptor, parts to Python's stream.
+    """
+    written = io.StringIO()
     with tempfile.TemporaryFile() as held:
         saved = os.dup(2)
         os.dup2(held.fileno(), 2)
         try:
-            yield lines
+            with redirect_stderr(written):
+                yield
         finally:
             os.dup2(saved, 2)
             os.close(saved)
             held.seek(0)
-            lines += held.read().decode(errors="replace").splitlines()
+            lines += [*written.getvalue().splitlines(), *held.read().decode(errors="replace").splitlines()]
 
 
 def _refused(error: Exception, log: list[str]) -> BackendRefused:
     text = str(error).strip().splitlines()
     first = text[0][:300] if text else type(error).__name__
+    telling = [line for line in log if TELLING.search(line)]
     return BackendRefused(
         f"ExecuTorch cannot load the program: {first}",
         fix="prepare the model again with this version of ExecuTorch",
-        evidence={"provider_log": " ".join([*text, *log])[-1000:], "exception": type(error).__name__},
+        evidence={"provider_log": " ".join([*text, *telling])[:1000], "exception": type(error).__name__},
     )

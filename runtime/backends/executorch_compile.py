@@ -60,12 +60,17 @@ def to_edge(programs: dict[str, Any], request: dict[str, Any], reporter: Reporte
 
 
 def partitioners(delegate: str) -> list[Any]:
-    """Give the partitioners of a delegate: none leaves every node to the portable kernels."""
+    """Give the partitioners of a delegate: none leaves every node to the portable kernels.
+
+    XNNPACK's partitioner takes `unsqueeze` whatever its shape, but its compiler fails where two dimensions are dynamic,
+    so that operator falls back.
+    """
     if delegate == "none":
         return []
+    from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
-    return [XnnpackPartitioner()]
+    return [XnnpackPartitioner([one for one in ALL_PARTITIONER_CONFIGS if "unsqueeze" not in one.target_name])]
 
 
 def describe(manager: Any, programs: dict[str, Any], symbols: dict[str, str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from runtime.backends import program as programs
 from runtime.backends.build_process import BuildProcess
-from runtime.backends.errors import BackendRefused, InputRefused
+from runtime.backends.errors import BackendRefused
 from runtime.backends.executorch import ARENA, DECODE, PREFILL, PROGRAM, WHOLE
 from runtime.backends.executorch_records import FALLBACK
 from runtime.backends.lowering import ExportedLowering, target, unknown
@@ -23,6 +23,8 @@ FLAGS = {
 """Flags that a caller may set, with their values; the first is the default."""
 NOMINAL = {"B": 8, "T": 128, "S": 128}
 """Sizes at which the bytes of crossing tensors are estimated; cut to the declared bounds."""
+SMALLEST = 2
+"""ExecuTorch writes a lower end of 1 as 2."""
 DELEGATES = {"xnnpack": "XnnpackBackend"}
 
 
@@ -44,9 +46,9 @@ class ExecutorchLowering(ExportedLowering):
 
         No limit is below the size that the program was traced with: the exporter holds that against the range.
         """
-        if self.choices["methods"] == "single":
-            return [{"name": WHOLE, "limits": {}}]
-        symbols = {name: symbol for symbol, name in programs.symbol_names(self.program.exported).items()}
+        symbols = {name: symbol for symbol, name in self.program.names.items()}
+        if self.step_program is None or self.choices["methods"] == "single":
+            return [{"name": WHOLE, "limits": {symbols[name]: most for name, most in self._closed().items()}}]
         batch, tokens, _, _ = programs.EXAMPLE
         return [{"name": DECODE, "limits": {symbols["T"]: tokens}}, {"name": PREFILL, "limits": {symbols["B"]: batch}}]
 
@@ -61,7 +63,7 @@ class ExecutorchLowering(ExportedLowering):
                 "program": str(source),
                 "output": str(self.work / PROGRAM),
                 "methods": self.methods(),
-                "symbols": programs.symbol_names(self.program.exported),
+                "symbols": dict(self.program.names),
                 "nominal": self._nominal(),
                 "threads": self.options.threads,
             },
@@ -161,24 +163,28 @@ class ExecutorchLowering(ExportedLowering):
             raise BackendRefused("stage a04 has not run", fix="call the stages in order")
         return self._build
 
+    def _closed(self) -> dict[str, int]:
+        """Give the upper ends of dimensions for which the program itself has none: memory cannot be planned without."""
+        one_shot = self.one_shot()
+        closed = one_shot.contract.symbols if one_shot is not None else {}
+        return {name: closed[name][1] for name, (_, most) in self.program.declared.items() if most is None}
+
     def _nominal(self) -> dict[str, int]:
-        most = {name: high for name, (_, high) in self.options.bounds.symbols().items()}
-        return {name: min(size, most[name]) for name, size in NOMINAL.items()}
+        closed = self._closed()
+        most = {name: closed.get(name) or high or 1 for name, (_, high) in self.program.declared.items()}
+        return {name: min(NOMINAL.get(name, NOMINAL["B"]), high) for name, high in most.items()}
 
     def _check_ranges(self, methods: Mapping[str, Any], *, stage: str, where: str) -> None:
         """Refuse a method whose dynamic dimensions or bounds are not the declared ones: a silent specialization."""
-        names = programs.symbol_names(self.program.exported)
+        names = self.program.names
         for entry in self.methods():
-            limits = {names[symbol]: [1, most] for symbol, most in entry["limits"].items()}
-            declared = {**self.options.bounds.symbols(), **limits}
-            found = methods[entry["name"]]["ranges"]
-            if found != declared:
-                raise InputRefused(
-                    f"{entry['name']} of {where} holds {found}, declared were {declared}: it was specialized silently",
-                    fix="declare the bounds that the backend keeps, or choose another backend",
-                    evidence={"input_signature": str(found), "guard": str(declared), "compile_event": where},
-                    stage=stage,
-                )
+            limits = {names[symbol]: most for symbol, most in entry["limits"].items()}
+            declared = {
+                name: [1 if (low or 0) <= SMALLEST else low, limits.get(name, high)]
+                for name, (low, high) in self.program.declared.items()
+            }
+            found: dict[str, list[int]] = methods[entry["name"]]["ranges"]
+            programs.check_conserved(found, declared, stage=stage, where=f"{entry['name']} of {where}")
 
 
 def _owned(entry: Mapping[str, Any]) -> dict[str, Any]:

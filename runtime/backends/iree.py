@@ -97,6 +97,10 @@ class IreeExecutor(LoadedExecutor[LoadedModule]):
     backend = "iree"
     failures = (RuntimeError, ValueError)
 
+    def device_memory(self) -> dict[str, int]:
+        """Read the counters of the device's allocator; every package on as many threads shares the device."""
+        return self.loaded.statistics()
+
     def new_pool(self, num_slots: int) -> IreePool:
         """Allocate a zeroed float32 pool."""
         config = self.config

@@ -16,9 +16,11 @@ from manifests.artifact import ArtifactManifest
 from manifests.compiler import CompilerManifest
 from runtime.backends.buckets import BucketPlan
 from runtime.backends.contract import InputContract
+from runtime.backends.executor import LoadedExecutor
 from runtime.backends.hosted import load_hosted
 from runtime.backends.hosted_process import Hosting
 from runtime.backends.lowering import unknown
+from runtime.backends.one_shot import OneShotExecutor
 from runtime.backends.protocol import Executor, LoadSpec, require
 from runtime.backends.registry import backend_named
 from runtime.models.config import ModelConfig
@@ -174,7 +176,7 @@ def run(received: Packaged, *, store: PackageStore) -> StageOutcome[Loaded]:
     record = {
         "load_us": spent,
         "resident_memory_bytes": resident if resident > 0 else unknown("it fits into memory that the process had"),
-        "device_allocation_bytes": unknown("the CPU has no memory of its own beside the resident memory"),
+        "device_allocation_bytes": _device_memory(model.executor),
         "cache_capacity": _cache_capacity(model, received.source.options.buckets),
         "instance_count": 1,
         "readiness_state": "loaded",
@@ -182,11 +184,20 @@ def run(received: Packaged, *, store: PackageStore) -> StageOutcome[Loaded]:
     return StageOutcome(Loaded(received, model), record)
 
 
+def _device_memory(executor: Executor | OneShotExecutor) -> dict[str, Any]:
+    """Ask the backend what it allocated outside of what the process's resident memory tells."""
+    found = executor.device_memory() if isinstance(executor, LoadedExecutor) else None
+    return found or unknown("the CPU has no memory of its own beside the resident memory")
+
+
 def _cache_capacity(model: LoadedModel | OneShotPackage, plan: BucketPlan | None) -> dict[str, Any]:
-    """Say what a slot costs and how many there may be: fixed shapes always allocate the plan's whole pool."""
+    """Say what a slot costs, from pools of one and of two slots, and how many there may be.
+
+    Where both take the same, the backend compiled fixed shapes and always allocates the plan's whole pool.
+    """
     if isinstance(model, OneShotPackage):
         return unknown("a one-shot model keeps nothing between calls")
-    allocated = model.executor.new_pool(1).nbytes
-    if plan is None:
-        return {"bytes_per_slot": allocated, "slots": "chosen by the scheduler"}
-    return {"bytes_per_slot": allocated // plan.pool, "slots": plan.pool}
+    one, two = (model.executor.new_pool(slots).nbytes for slots in (1, 2))
+    if plan is None or two > one:
+        return {"bytes_per_slot": two - one, "slots": "chosen by the scheduler"}
+    return {"bytes_per_slot": one // plan.pool, "slots": plan.pool}

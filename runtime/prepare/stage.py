@@ -20,7 +20,15 @@ from traces.failures import ClassifiedError
 from traces.stages import Stage, describe
 
 MEASURED = frozenset(
-    {"optimization_us", "build_us", "load_us", "resident_memory_bytes", "first_run_us", "steady_state_us"}
+    {
+        "optimization_us",
+        "build_us",
+        "load_us",
+        "resident_memory_bytes",
+        "device_allocation_bytes",
+        "first_run_us",
+        "steady_state_us",
+    }
 )
 """Record fields that differ from build to build: they stand in events, never in what is digested."""
 

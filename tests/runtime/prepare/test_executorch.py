@@ -37,7 +37,7 @@ def package(prepared: Prepared) -> PreparedPackage:
     return prepared("executorch", "float32")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def spec(package: PreparedPackage, store: PackageStore) -> LoadSpec:
     return load_package(store, package.digest).executor.spec  # type: ignore[attr-defined]
 

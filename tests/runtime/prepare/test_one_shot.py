@@ -39,7 +39,12 @@ def takes(backend: str, model: str) -> bool:
     return not model.endswith(".onnx") or row.abilities["onnx_files"].support is Support.SUPPORTED
 
 
-COMPILED = {("inductor", "classifier.pt2"), ("iree", "classifier.pt2"), ("xla", "embedder.pt2")}
+COMPILED = {
+    ("inductor", "classifier.pt2"),
+    ("iree", "classifier.pt2"),
+    ("executorch", "classifier.pt2"),
+    ("xla", "embedder.pt2"),
+}
 """Half a minute of compiling each; one model a compiler stays in the default run."""
 PAIRS = [
     pytest.param(backend, model, marks=[pytest.mark.slow] if (backend, model) in COMPILED else [])
