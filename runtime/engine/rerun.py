@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -10,7 +12,7 @@ from runtime.backends.protocol import Floats
 from runtime.engine.errors import PlanMissing
 from runtime.engine.generation import FinishReason, GenerationRequest, GenerationResult, OnToken
 from runtime.engine.sequence import Output, choose_for
-from runtime.engine.slicing import Life, Schedule
+from runtime.engine.slicing import Life, Needs, Schedule
 from runtime.engine.workbench import Table, Workbench
 
 BROKEN_OFF = ("cancelled", "deadline", "error")
@@ -29,6 +31,19 @@ class SliceUse(msgspec.Struct, frozen=True):
     """Calls run past the recorded rows, after the replay had left the recording."""
     recorded_calls: int
     """Calls of the schedule that the player was given, for comparison."""
+
+
+class Lineage(NamedTuple):
+    """What one life of the sequence reads from the cache, while it is being computed."""
+
+    schedule: Schedule
+    needs: Needs
+    reads: Counter[tuple[int, int]]
+    """Blocks still to be read from each source."""
+    own: Mapping[tuple[int, int], Table]
+    """Earlier lives of the sequence, which outlast this."""
+    sources: dict[tuple[int, int], Table]
+    """What is there: own lives, and others as long as they are read."""
 
 
 class Rerun:
@@ -68,6 +83,10 @@ class Rerun:
             )
         self._lives = max(1, len(lives))
         needs = [schedule.needs(life, own=life.sequence) for life in lives]
+        settings = self._bench.settings
+        self._bench.hold(
+            schedule.most_blocks(lives, needs, longest=-(-settings.longest_sequence // settings.block_size))
+        )
         own: dict[tuple[int, int], Table] = {}
         table = self._bench.new_table()
         for place, life in enumerate(lives):
@@ -105,48 +124,32 @@ class Rerun:
                 return reason
             step += 1
 
-    def _open(
-        self,
-        life: Life,
-        schedule: Schedule,
-        needs: Mapping[tuple[int, int], tuple[Life, int]],
-        own: Mapping[tuple[int, int], Table],
-    ) -> Table:
+    def _open(self, life: Life, schedule: Schedule, needs: Needs, own: Mapping[tuple[int, int], Table]) -> Table:
         """Make the table with which a life of the sequence begins: its cached blocks, computed by lineage."""
-        sources = dict(own)
-        table = self._table_of(life, len(life.hits), schedule, needs, sources)
-        for key, source in sources.items():
-            if key not in own:
-                self._bench.release(source)
-        return table
+        return self._table_of(
+            life, len(life.hits), Lineage(schedule, needs, schedule.reads(life, needs), own, dict(own))
+        )
 
-    def _table_of(
-        self,
-        life: Life,
-        blocks: int,
-        schedule: Schedule,
-        needs: Mapping[tuple[int, int], tuple[Life, int]],
-        sources: dict[tuple[int, int], Table],
-    ) -> Table:
-        """Open a table whose first `blocks` are those that the life hit; computes their sources where not yet there."""
+    def _table_of(self, life: Life, blocks: int, lineage: Lineage) -> Table:
+        """Open a table whose first `blocks` are those that the life hit; computes their sources where not yet there.
+
+        A source is given up with the last block that is read from it, so that few are held at once.
+        """
         table = self._bench.new_table()
         for block, hit in enumerate(life.hits[:blocks]):
-            source = schedule.source_of(hit)
-            if source.key not in sources:
-                sources[source.key] = self._compute(source, schedule, needs, sources)
-            self._bench.share(table, sources[source.key].blocks[block])
+            source = lineage.schedule.source_of(hit)
+            if source.key not in lineage.sources:
+                lineage.sources[source.key] = self._compute(source, lineage)
+            self._bench.share(table, lineage.sources[source.key].blocks[block])
+            lineage.reads[source.key] -= 1
+            if not lineage.reads[source.key] and source.key not in lineage.own:
+                self._bench.release(lineage.sources.pop(source.key))
         return table
 
-    def _compute(
-        self,
-        source: Life,
-        schedule: Schedule,
-        needs: Mapping[tuple[int, int], tuple[Life, int]],
-        sources: dict[tuple[int, int], Table],
-    ) -> Table:
+    def _compute(self, source: Life, lineage: Lineage) -> Table:
         """Compute the shared prefix as another life did, from this request's own tokens."""
-        upto = needs[source.key][1]
-        table = self._table_of(source, upto // self._bench.settings.block_size, schedule, needs, sources)
+        upto = lineage.needs[source.key][1]
+        table = self._table_of(source, upto // self._bench.settings.block_size, lineage)
         for placed in source.rows:
             start, count = placed.row.start, placed.row.count
             if start >= upto:

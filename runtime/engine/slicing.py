@@ -9,11 +9,15 @@ needed for any of this: bits depend on contents, never on where they lie.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from runtime.engine.errors import PlanMissing
 from runtime.engine.plan import Call, Hit, Row, SequenceEntry, StepPlan
+
+Needs = Mapping[tuple[int, int], tuple["Life", int]]
+"""Lives, by their keys, that must be computed first, and how many of their first tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,32 @@ class Schedule:
                     if source.sequence != own:
                         work.append((source, block + 1))
         return needed
+
+    def reads(self, life: Life, needs: Needs) -> Counter[tuple[int, int]]:
+        """Count the blocks that a life and its sources will take over from each source."""
+        readers = [(life, len(life.hits))]
+        readers += [
+            (source, upto // self._block_size) for source, upto in needs.values() if source.sequence != life.sequence
+        ]
+        return Counter(self.source_of(hit).key for reader, blocks in readers for hit in reader.hits[:blocks])
+
+    def most_blocks(self, lives: Sequence[Life], needs: Sequence[Needs], *, longest: int) -> int:
+        """Bound the blocks that a replay of these lives has in use at once.
+
+        needs: those of each life.  longest: blocks of the longest sequence, which the last life may become.
+        """
+        most = kept = 0
+        for life, needed in zip(lives, needs, strict=True):
+            others = [
+                (source, upto // self._block_size)
+                for source, upto in needed.values()
+                if source.sequence != life.sequence
+            ]
+            computed = sum(blocks - min(len(source.hits), blocks) for source, blocks in others)
+            most = max(most, kept + computed + longest)
+            end = max((placed.row.start + placed.row.count for placed in life.rows), default=0)
+            kept += -(-end // self._block_size)
+        return most
 
     def _check(self, life: Life, start: int, *, last_step: int | None = None) -> None:
         """Refuse a life whose rows do not follow one another: a step between them was lost.

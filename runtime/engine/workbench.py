@@ -1,7 +1,8 @@
 """How does a replay run one row of a recorded call?  In the recorded padded shape, with stand-ins for all other rows.
 
-The workbench owns a pool of the live engine's size and gives out its blocks as replayed lives need them; which block
-holds what has no influence on bits.
+The workbench gives out the blocks of a pool as replayed lives need them; which block holds what, and how many there
+are, has no influence on bits.  So a slice that needs more at once than the live engine had, because it computes blocks
+again that were evicted meanwhile, gets a larger pool, unless the package was compiled for one size.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from runtime.backends.errors import CapacityExhausted
 from runtime.backends.protocol import Executor, Floats
 from runtime.engine.errors import SequenceRefused
 from runtime.engine.inputs import CallInputs, InputBuffers, Integers, place_row
@@ -50,12 +52,26 @@ class Workbench:
         self._executor = executor
         self._stand_ins = stand_ins
         self._pool = executor.new_pool(pool_slots(settings))
+        self._blocks = settings.num_blocks
         self._buffers = InputBuffers()
         self._last_position = executor.contract.max_positions - 1
         self._width = settings.pad_context(settings.longest_sequence)
         self._within = np.arange(settings.block_size, dtype=np.int64)
-        self._readers = [0] * (settings.num_blocks + 1)
-        self._free = list(range(settings.num_blocks, 0, -1))
+        self.clear()
+
+    def hold(self, blocks: int) -> None:
+        """Make sure that `blocks` blocks can be in use at once; forgets all tables.
+
+        A package that was compiled for pools of one size keeps the pool it has, which may still do: `blocks` may be
+        an upper bound.
+        """
+        if blocks > self._blocks:
+            try:
+                self._pool = self._executor.new_pool((blocks + 1) * self.settings.block_size)
+            except CapacityExhausted:
+                return
+            self._blocks = blocks
+            self.clear()
 
     def new_table(self) -> Table:
         """Open an empty table."""
@@ -78,8 +94,8 @@ class Workbench:
 
     def clear(self) -> None:
         """Forget all tables."""
-        self._readers = [0] * (self.settings.num_blocks + 1)
-        self._free = list(range(self.settings.num_blocks, 0, -1))
+        self._readers = [0] * (self._blocks + 1)
+        self._free = list(range(self._blocks, 0, -1))
 
     def run(
         self, call: Call, position: int, table: Table, *, tokens: Sequence[int], start: int, keep: int | None = None
@@ -129,9 +145,9 @@ class Workbench:
         while len(table.blocks) * self.settings.block_size < length:
             if not self._free:
                 raise SequenceRefused(
-                    f"the slice needs more than the engine's {self.settings.num_blocks} cache blocks at once",
+                    f"the slice needs more at once than the {self._blocks} cache blocks that the package was made for",
                     reason="slice_too_large",
-                    fix="replay with --mode alone",
+                    fix="prepare the package with a larger pool, or replay with --mode alone",
                 )
             block = self._free.pop()
             self._readers[block] = 1
