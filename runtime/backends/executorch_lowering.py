@@ -32,6 +32,7 @@ class ExecutorchLowering(ExportedLowering):
     """Stages 4 to 6 for ExecuTorch: one compile in a child, which reports as it passes each stage."""
 
     backend = "executorch"
+    whole_rows = True
     _build: BuildProcess | None = None
     _passes: tuple[str, ...] = ()
     _arena: int = 0

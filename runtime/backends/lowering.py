@@ -34,6 +34,8 @@ class ExportedLowering:
     """Stages 1 to 3 on the exported program; backends add their own form of it and stages 4 to 6."""
 
     backend = ""
+    whole_rows = False
+    """Whether the backend needs a step that reads the pool without a view of it."""
 
     def __init__(self, model_folder: Path, work: Path, options: BuildOptions, *, versions: Mapping[str, str]) -> None:
         self.model_folder, self.work, self.options = model_folder, work, options
@@ -85,7 +87,9 @@ class ExportedLowering:
             self._program = program = capture_saved(path, self.options)
             self._one_shot = saved_model(program, path.stem)
         else:
-            self._program = program = programs.capture_program(path, self.options, tile=self.query_tile)
+            self._program = program = programs.capture_program(
+                path, self.options, tile=self.query_tile, whole_rows=self.whole_rows
+            )
         record = {
             "exporter_version": f"torch.export {torch.__version__}",
             "source_framework": f"torch {torch.__version__} ({program.framework})",

@@ -129,10 +129,13 @@ def quiet_exporters() -> Generator[list[str]]:
         logger.setLevel(before)
 
 
-def capture_program(model_folder: Path, options: BuildOptions, *, tile: int | None = None) -> StepProgram:
+def capture_program(
+    model_folder: Path, options: BuildOptions, *, tile: int | None = None, whole_rows: bool = False
+) -> StepProgram:
     """Load a checkpoint, export its functional step, and check that capturing lost no behaviour.
 
     tile: of queries, for the step whose rows' bits are their own; None for the plain one.
+    whole_rows: read the pool without a view of it.
 
     Errors: `ModelRefused` from the loader; `BuildFailed` where export fails; `BackendRefused` where the module has a
     hidden side effect or the program computes something else than the module.
@@ -140,7 +143,8 @@ def capture_program(model_folder: Path, options: BuildOptions, *, tile: int | No
     check_bounds(options.bounds)
     hold_threads(options.threads)
     checkpoint = load_checkpoint(model_folder)
-    decoder = build_decoder(checkpoint, options.precision, norm=cast(NormKind, options.norm), tile=tile)
+    norm = cast(NormKind, options.norm)
+    decoder = build_decoder(checkpoint, options.precision, norm=norm, tile=tile, whole_rows=whole_rows)
     inputs = example_inputs(checkpoint.config, options.precision)
     start = time.perf_counter_ns()
     try:

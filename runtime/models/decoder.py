@@ -180,3 +180,25 @@ class Decoder(nn.Module):
         k_heads, v_heads = k_pool.view(-1, config.head_dim), v_pool.view(-1, config.head_dim)
         places = [rows + index * layer_rows for index in range(config.num_layers)]
         return [functional.embedding(p, k_heads) for p in places], [functional.embedding(p, v_heads) for p in places]
+
+
+class WholeRowDecoder(Decoder):
+    """The same step for a backend that would copy a view of the pool: rows are read whole, then taken apart by head.
+
+    ExecuTorch plans memory for a view as for any tensor, and the pool's view at its largest size is far more than a
+    machine has.
+    """
+
+    def heads_of(self, slots: Tensor) -> Tensor:
+        """Leave slots [B,S] as they are."""
+        return slots
+
+    def gather(self, k_pool: Tensor, v_pool: Tensor, rows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Read each layer's cached keys and values, [B,kv_heads,S,head_dim], from slots [B,S]."""
+        config = self.config
+        layer_rows = k_pool.shape[0] // config.num_layers
+        shape = (*rows.shape, config.num_kv_heads, config.head_dim)
+        places = [rows + index * layer_rows for index in range(config.num_layers)]
+        keys = [functional.embedding(place, k_pool).view(shape).transpose(1, 2) for place in places]
+        values = [functional.embedding(place, v_pool).view(shape).transpose(1, 2) for place in places]
+        return keys, values

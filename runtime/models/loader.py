@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from runtime.models.config import ModelConfig, ModelRefused, read_config
-from runtime.models.decoder import Decoder, NormKind
+from runtime.models.decoder import Decoder, NormKind, WholeRowDecoder
 from runtime.models.invariant import InvariantDecoder
 
 IDENTITY_FILES = ("config.json", "tokenizer.json")
@@ -117,16 +117,29 @@ def _layer_weights(source: dict[str, Tensor], config: ModelConfig, index: int) -
 
 
 def new_decoder(
-    config: ModelConfig, precision: str = "float32", *, norm: NormKind = "fused", tile: int | None = None
+    config: ModelConfig,
+    precision: str = "float32",
+    *,
+    norm: NormKind = "fused",
+    tile: int | None = None,
+    whole_rows: bool = False,
 ) -> Decoder:
-    """Make the functional step without weights; with a tile, the one whose rows' bits are their own."""
+    """Make the functional step without weights; with a tile, the one whose rows' bits are their own.
+
+    whole_rows: read the pool without a view of it (see `WholeRowDecoder`); a step with a tile has no such form.
+    """
     if tile is None:
-        return Decoder(config, precision, norm=norm)
+        return (WholeRowDecoder if whole_rows else Decoder)(config, precision, norm=norm)
     return InvariantDecoder(config, precision, norm=norm, tile=tile)
 
 
 def build_decoder(
-    checkpoint: Checkpoint, precision: str = "float32", *, norm: NormKind = "fused", tile: int | None = None
+    checkpoint: Checkpoint,
+    precision: str = "float32",
+    *,
+    norm: NormKind = "fused",
+    tile: int | None = None,
+    whole_rows: bool = False,
 ) -> Decoder:
     """Fill the functional step with a checkpoint's weights; a missing, spare or misshapen tensor is refused by name."""
     config, source = checkpoint.config, checkpoint.weights()
@@ -147,7 +160,7 @@ def build_decoder(
             fix="check that config.json belongs to these weights",
             evidence={"unused": spare[:20]},
         )
-    decoder = new_decoder(config, precision, norm=norm, tile=tile)
+    decoder = new_decoder(config, precision, norm=norm, tile=tile, whole_rows=whole_rows)
     try:
         decoder.load_state_dict(state, strict=True)
     except RuntimeError as error:

@@ -84,8 +84,16 @@ def _validation(record: Mapping[str, Any], name: str) -> str:
     )
 
 
+def _counted(found: Mapping[str, Any]) -> str:
+    """Give the nodes of a graph or of a part (IREE's are dispatches); of a program of several methods, by method."""
+    count = found.get("nodes", found.get("dispatches"))
+    if count is not None:
+        return str(count)
+    return ", ".join(f"{name} {_counted(entry)}" for name, entry in found.items())
+
+
 def _optimize(record: Mapping[str, Any]) -> str:
-    nodes = f"{record['graph_before']['nodes']} to {record['graph_after']['nodes']} nodes"
+    nodes = f"{record['graph_before']['nodes']} to {_counted(record['graph_after'])} nodes"
     return f"{nodes}, {len(record['pass_list'])} passes; {_validation(record, 'numerical_validation')}"
 
 
@@ -94,15 +102,16 @@ def _symbols(found: Mapping[str, Any]) -> str:
 
 
 def _partition(record: Mapping[str, Any]) -> str:
-    # IREE's parts are dispatches, every other backend's nodes
-    counted = {name: entry.get("nodes", entry.get("dispatches")) for name, entry in record["partition_map"].items()}
-    owners = ", ".join(f"{name} {count}" for name, count in counted.items())
-    return f"{owners}; {len(record['transfer_edges'])} crossings"
+    owners = (f"{name} {_counted(entry)}" for name, entry in record["partition_map"].items())
+    return f"{'; '.join(owners)}; {len(record['transfer_edges'])} crossings"
 
 
 def _lower(record: Mapping[str, Any]) -> str:
     code = _known(record["code_size_bytes"], lambda size: f"{size / 1024:.0f} KiB of code")
-    return f"{record['target']['triple']} {record['target']['isa']}; {code}"
+    target = record["target"]
+    # IREE names its target as LLVM does, with a processor where the others have instruction sets
+    triple, machine = target.get("triple", target.get("target_triple")), target.get("isa", target.get("cpu"))
+    return f"{triple} {machine}; {code}"
 
 
 def _warm(record: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import pytest
 from runtime.backends.registry import BACKENDS
 from runtime.prepare.answers import bare_answers
 from runtime.prepare.pipeline import PreparedPackage
+from runtime.prepare.table import summarize
 from traces.stages import PREPARATION_STAGES, Stage
 
 FAST = ("eager", "onnxruntime", "inductor")
@@ -21,6 +22,7 @@ def test_no_field_of_nine_stages_is_a_bare_nothing(prepared: Callable[..., Prepa
     assert [report.stage for report in reports] == [one.stage for one in PREPARATION_STAGES]
     for report in reports:
         assert bare_answers(report.stage, report.record) == [], report.stage.word
+        assert summarize(report.stage, report.record), report.stage.word
 
 
 def test_a_build_names_its_passes_with_times_and_its_provenance(prepared: Callable[..., PreparedPackage]) -> None:
