@@ -32,7 +32,7 @@ NOTHING_IS_AN_ANSWER: Mapping[str, str] = {
     r"a06\.compiler_flags\..+": "a setting as it is, 0 and empty included",
     r"a06\.kernel_inventory\..+": "the artifact was searched for it",
     r"a07\.build_provenance\..+": "options as they were given",
-    r"a08\.device_allocation_bytes\..+_bytes_.+": "the device's allocator counted nothing: weights are mapped, no call was made",
+    r"a08\.device_allocation_bytes\..+_bytes_.+": "the allocator counted nothing: weights are mapped, no call was made",
     r"a09\.compilation_cache_events\..+": "events were counted while warming",
 }
 
