@@ -96,13 +96,23 @@ class Target:
     request_ref: str | None = None
 
 
-RUN_EVENTS = ("run.started", "run.completed", "request.accepted", "request.terminal", "replay.verdict")
+RUN_EVENTS = (
+    "run.started",
+    "run.completed",
+    "request.accepted",
+    "request.terminal",
+    "replay.verdict",
+    "oneshot.request",
+)
+"""A one-shot request is one event, written when it ends."""
 
 
 def list_runs(ledger: Ledger) -> list[RunSummary]:
     """Return every run in the ledger, newest first."""
     by_type = _by_type(ledger.events(event_type=RUN_EVENTS))
-    accepted, terminal = _by_run(by_type["request.accepted"]), _by_run(by_type["request.terminal"])
+    accepted, terminal = (
+        _by_run([*by_type[name], *by_type["oneshot.request"]]) for name in ("request.accepted", "request.terminal")
+    )
     verdicts, completed = _by_run(by_type["replay.verdict"]), _by_run(by_type["run.completed"])
     runs: list[RunSummary] = []
     for event in by_type["run.started"]:
@@ -165,7 +175,20 @@ def list_requests(ledger: Ledger, run_id: str) -> list[RequestSummary]:
                 verdict=verdict.payload.get("verdict") if verdict else None,
             )
         )
+    found += [_one_shot(event) for event in by_type["oneshot.request"]]
     return sorted(found, key=lambda request: request.accepted_us)
+
+
+def _one_shot(event: TraceEvent) -> RequestSummary:
+    """Summarize a one-shot request, which arrived as long ago as it took."""
+    return RequestSummary(
+        run_id=event.run_id,
+        request_ref=str(event.request_ref),
+        accepted_us=event.ts_us - (event.duration_us or 0),
+        status=event.status,
+        failure_class=event.failure_class.value if event.failure_class else None,
+        duration_us=event.duration_us,
+    )
 
 
 def last_incident(ledger: Ledger) -> Target | None:
@@ -192,9 +215,11 @@ def resolve(ledger: Ledger, text: str) -> Target:
     `RUN/REQUEST` names a request of one particular run, such as a replay.
     """
     run_text, slash, request_text = text.partition("/")
-    by_type = _by_type(ledger.events(event_type=("run.started", "request.accepted", "request.terminal")))
+    by_type = _by_type(
+        ledger.events(event_type=("run.started", "request.accepted", "request.terminal", "oneshot.request"))
+    )
     runs = {event.run_id: event for event in by_type["run.started"]}
-    known = [*by_type["request.accepted"], *by_type["request.terminal"]]
+    known = [*by_type["request.accepted"], *by_type["request.terminal"], *by_type["oneshot.request"]]
     if slash:
         run_id = _one(run_text, runs, what="run")
         inside = [event.request_ref for event in known if event.run_id == run_id]

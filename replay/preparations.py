@@ -123,7 +123,7 @@ def load_preparation(ledger: Ledger, run_id: str) -> RecordedPreparation:
         stages=tuple(filter(None, (_stage(ledger, events, one.stage) for one in PREPARATION_STAGES))),
         package=None if ended is None else ended.payload.get("package"),
         manifest=_manifest(ledger, ended),
-        hardware=_hardware(ledger, begun),
+        hardware=hardware_of(ledger, begun),
         parent=begun.payload.get("parent_run"),
         verdict=None if judged is None else read_document(ledger, judged.result_ref) or dict(judged.payload),
     )
@@ -173,7 +173,8 @@ def _manifest(ledger: Ledger, ended: TraceEvent | None) -> PreparationManifest |
         return None
 
 
-def _hardware(ledger: Ledger, begun: TraceEvent) -> HardwareManifest | None:
+def hardware_of(ledger: Ledger, begun: TraceEvent) -> HardwareManifest | None:
+    """Read the machine and environment that a run's first event points to; None where it does not, or was erased."""
     if begun.input_ref is None:
         return None
     try:

@@ -65,7 +65,7 @@ def run_job(job: Job, say: Say) -> None:
     run = load_run(ledger, job.run_id, only=job.requests if len(job.requests) <= FEW and not job.together else None)
     substitutions = parse_substitutions(job.settings)
     with Recorder(job.ledger, run_id=f"run_{random_ids()}", component="replay") as recorder:
-        recorder.commit("run.started", payload=_started(job))
+        recorder.commit("run.started", payload=started(job))
         player = make_player(job, ledger, run, recorder, substitutions, say)
         verdicts = [_replay(player, run, reference, recorder, substitutions, say) for reference in job.requests]
         recorder.commit("run.completed", payload={"verdicts": tally(verdicts)}, status="ok")
@@ -153,7 +153,7 @@ def _replay(
         check_values(request.pins, substitutions)
         verdict = asyncio.run(player.replay(request))
     except ClassifiedError as error:
-        verdict = _without_comparison(error, run.run_id, reference, recorder.run_id)
+        verdict = without_comparison(error, run.run_id, reference, recorder.run_id)
         recorder.commit(
             "replay.verdict",
             payload={"verdict": verdict.verdict.value, "detail": verdict.detail, "refused_pin": verdict.refused_pin},
@@ -174,7 +174,7 @@ def _known(run: RecordedRun, reference: str) -> RecordedRequest:
     return request
 
 
-def _without_comparison(error: ClassifiedError, run_id: str, reference: str, child: str) -> ReplayVerdict:
+def without_comparison(error: ClassifiedError, run_id: str, reference: str, child: str) -> ReplayVerdict:
     """Return the verdict on a request that was refused, or whose replay broke."""
     refused = isinstance(error, ReplayRefused)
     return ReplayVerdict(
@@ -207,7 +207,8 @@ def _standing_in_the_way(error: ClassifiedError) -> str | None:
     return error.missing if isinstance(error, IncompleteRecord) else None
 
 
-def _started(job: Job) -> dict[str, Any]:
+def started(job: Job) -> dict[str, Any]:
+    """Return what a child run's first event says."""
     return {
         "kind": "replay",
         "parent_run": job.run_id,

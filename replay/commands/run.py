@@ -45,7 +45,7 @@ PREPARATIONS_ONLY: Mapping[str, Any] = {"model": None, "stop_at_first": False}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `replay run`."""
     parser.epilog = EXAMPLE
-    parser.add_argument("id", metavar="ID", help="a request, a run, or a preparation")
+    parser.add_argument("id", metavar="ID", help="a request (one-shot ones too), a run, or a preparation")
     parser.add_argument("--mode", choices=MODES, default="faithful", help="how to run it again (default: faithful)")
     parser.add_argument(
         "--set",
@@ -67,8 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay and print the verdict or verdicts."""
+    from replay.commands.inference import run_inference
     from replay.commands.preparation import run_preparation
     from replay.groups import group_requests
+    from replay.inferences import is_inference
     from replay.preparations import is_preparation
     from replay.records import load_run
     from replay.substitutes import check_values, parse_substitutions
@@ -79,6 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
         _refuse_for("a preparation", arguments, REQUESTS_ONLY)
         return run_preparation(arguments, ledger, target)
     _refuse_for("a request", arguments, PREPARATIONS_ONLY)
+    if is_inference(ledger, target.run_id):
+        return run_inference(arguments, ledger, target)
     if arguments.together and (target.request_ref or arguments.settings or arguments.mode != "faithful"):
         raise ReplayRefused(
             "--together replays a whole run, faithfully and under its own pins",

@@ -48,9 +48,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def show(ledger: Ledger, target: Target, *, as_json: bool, brief: bool = False) -> int:
     """Print one request; `brief` leaves out generations, tools, pins and the verdict."""
+    from replay.commands.inference import show_inference
+    from replay.inferences import is_inference
     from replay.portrait import portrait
     from replay.records import load_request
 
+    if is_inference(ledger, target.run_id):
+        return show_inference(ledger, target, as_json=as_json)
     seen = portrait(ledger, load_request(ledger, target.run_id, target.request_ref or ""))
     if as_json:
         screen.print_json(seen)

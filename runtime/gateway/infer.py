@@ -81,6 +81,7 @@ def _infer(arguments: argparse.Namespace) -> dict[str, Any]:
     from runtime.engine.oneshot import OneShotEngine
     from runtime.prepare.load import load_one_shot
     from runtime.prepare.store import PackageStore
+    from runtime.probe import probe
     from traces.ledger.layout import default_ledger
     from traces.recorder import Recorder
 
@@ -91,7 +92,12 @@ def _infer(arguments: argparse.Namespace) -> dict[str, Any]:
     requests = [read_request(path, models[0].contract) for path in arguments.input]
     run_id = f"run_{uuid7().hex}"
     with Recorder(ledger, run_id=run_id, component="infer") as recorder:
-        recorder.commit("run.started", payload={"kind": "inference", "package": models[0].digest}, track="B")
+        recorder.commit(
+            "run.started",
+            payload={"kind": "inference", "package": models[0].digest},
+            track="B",
+            input_ref=recorder.put_blob(probe(threads=arguments.threads).canonical()),
+        )
         engine = OneShotEngine(
             [model.executor for model in models], settings, recorder=recorder, package=models[0].digest
         )
