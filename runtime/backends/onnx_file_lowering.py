@@ -97,7 +97,7 @@ class OnnxFileLowering(OrtLowering):
         )
         record = {
             "shape_profile": {"symbols": symbols, "index_ranges": index_ranges_of(self._one_shot_model)},
-            "guard_count": 0,
+            "guard_count": unknown("an ONNX file carries no guards, and ONNX Runtime tells of none"),
             "dynamic_dimensions": onnx_graph.dimensions(self._model),
             "layout_decisions": {"inputs_contiguous": True},
             "specialization_cache_key": key,

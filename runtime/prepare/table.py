@@ -133,7 +133,9 @@ _SUMMARIES: Mapping[Stage, Callable[[Mapping[str, Any]], str]] = {
         f"{', '.join(f'{n} {c} nodes' for n, c in record['node_count'].items())}; "
         f"{record['parameter_count']:,} parameters; valid"
     ),
-    Stage.ANALYZE: lambda record: f"{record['guard_count']} guards; " + _symbols(record["shape_profile"]["symbols"]),
+    Stage.ANALYZE: lambda record: (
+        f"{_known(record['guard_count'], str)} guards; " + _symbols(record["shape_profile"]["symbols"])
+    ),
     Stage.OPTIMIZE: _optimize,
     Stage.PARTITION: _partition,
     Stage.LOWER: _lower,

@@ -91,6 +91,8 @@ def test_all_nine_stages_are_recorded_and_the_package_answers_as_the_reference(
     assert tuple(report.stage.value for report in package.reports) == STAGE_IDS
     for report, described in zip(package.reports, PREPARATION_STAGES, strict=True):
         assert set(report.record) == set(described.record)
+    guards = package.reports[2].record["guard_count"]
+    assert ("unknown" in guards) if model.endswith(".onnx") else isinstance(guards, int)
     compared = package.reports[-1].record["output_comparison"]
     assert compared["within"]
     expected = "onnx.reference" if model.endswith(".onnx") else "eager float32"
