@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from manifests.canonical import digest
-from runtime.backends import linears as linears_module
 from runtime.backends import program as programs
 from runtime.backends.contract import InputContract
+from runtime.backends.decoder_source import DECODER_SOURCE, decoder_source
 from runtime.backends.eager import WEIGHTS, EagerExecutor, eager_executor
 from runtime.backends.eager_one_shot import PROGRAM, EagerOneShot
 from runtime.backends.errors import BackendRefused
@@ -25,14 +24,6 @@ from runtime.backends.lowering import ExportedLowering, target, unknown
 from runtime.backends.one_shot import OneShotSpec
 from runtime.backends.protocol import Boundary, LoadSpec
 from runtime.backends.saved_program import call_program
-from runtime.models import decoder as decoder_module
-from runtime.models import invariant as invariant_module
-
-
-def source_digest() -> str:
-    """Name the decoder's source: in eager mode it is the executable code, so it belongs to the compiler's identity."""
-    sources = (inspect.getsource(module) for module in (decoder_module, invariant_module, linears_module))
-    return digest("".join(sources).encode())
 
 
 class EagerLowering(ExportedLowering):
@@ -92,7 +83,7 @@ class EagerLowering(ExportedLowering):
             },
             "build_us": spent,
         }
-        emitted = {"weights": weights, "source": source.get("decoder_source", self.program.digest)}
+        emitted = {"weights": weights, "source": source.get(DECODER_SOURCE, self.program.digest)}
         return Boundary(emitted, record, {"build_us": spent})
 
     def _linear(self) -> str:
@@ -123,7 +114,7 @@ class EagerLowering(ExportedLowering):
         return dict(self.program.exported.state_dict if step is None else step.decoder.state_dict())
 
     def _source(self) -> dict[str, str]:
-        return {} if self.step_program is None else {"decoder_source": source_digest()}
+        return {} if self.step_program is None else {DECODER_SOURCE: decoder_source()}
 
     def _executor(self) -> EagerExecutor | EagerOneShot:
         threads, step, model = self.options.threads, self.step_program, self.one_shot()

@@ -16,6 +16,7 @@ from manifests.artifact import ArtifactManifest
 from manifests.compiler import CompilerManifest
 from runtime.backends.buckets import BucketPlan
 from runtime.backends.contract import InputContract
+from runtime.backends.decoder_source import DECODER_SOURCE, decoder_source
 from runtime.backends.executor import LoadedExecutor
 from runtime.backends.hosted import load_hosted
 from runtime.backends.hosted_process import Hosting
@@ -134,15 +135,21 @@ def open_package(store: PackageStore, digest: str) -> tuple[str, PackageManifest
 
 
 def check_envelope(manifest: PackageManifest, package_digest: str) -> None:
-    """Refuse a package made for another system, processor or library version; loaders themselves do not look."""
+    """Refuse a package made for another system, processor, library version or decoder; loaders themselves do not look.
+
+    Packages from before sources were a part of the envelope say nothing of the decoder, and load.
+    """
     envelope = manifest.envelope
     installed = backend_named(manifest.compiler.backend).versions()
+    sources = envelope.get("sources", {})
+    here = {DECODER_SOURCE: decoder_source()} if sources else {}
     differences = {
         "system": (envelope["system"], platform.system()),
         "architecture": (envelope["architecture"], platform.machine()),
         **{name: (wanted, installed.get(name, "absent")) for name, wanted in envelope["libraries"].items()},
+        **{f"compiler.flags.{name}": (wanted, here.get(name, "absent")) for name, wanted in sources.items()},
     }
-    wrong = [f"{name}: made for {made}, here {here}" for name, (made, here) in differences.items() if made != here]
+    wrong = [f"{name}: made for {made}, here {found}" for name, (made, found) in differences.items() if made != found]
     if envelope["isa"]:
         flags = processor_flags()
         for name in envelope["isa"]:

@@ -15,6 +15,7 @@ from manifests.artifact import ArtifactManifest
 from manifests.compiler import CompilerManifest
 from runtime.backends.comparison import TOLERANCE
 from runtime.backends.contract import InputContract
+from runtime.backends.decoder_source import DECODER_SOURCE
 from runtime.backends.eager import EagerExecutor
 from runtime.backends.fixture import FixtureOutput, run_fixture
 from runtime.backends.protocol import BuildOptions
@@ -131,12 +132,17 @@ def artifact_of(checkpoint: Checkpoint, source: Source) -> ArtifactManifest:
 
 
 def envelope_of(received: Lowered, compiler: CompilerManifest) -> dict[str, Any]:
-    """State where the package may be loaded: compiled code is bound to what it was compiled for."""
+    """State where the package may be loaded: compiled code is bound to what it was compiled for.
+
+    A decoder that is interpreted is bound to its own source; compiled and exported ones carry their graph.
+    """
+    interpreted = compiler.flags.get(DECODER_SOURCE)
     return {
         "system": platform.system(),
         "architecture": platform.machine(),
         "isa": list(received.compiler.get("required_isa", ())),
         "libraries": {name: compiler.runtime_versions[name] for name in received.source.backend.runtime_libraries},
+        **({} if interpreted is None else {"sources": {DECODER_SOURCE: interpreted}}),
     }
 
 

@@ -17,6 +17,7 @@ from runtime.prepare.manifest import PackageManifest, config_document, read_conf
 from runtime.prepare.pipeline import PreparedPackage
 from runtime.prepare.store import PackageStore, file_entry
 from runtime.prepare.warm import validate
+from traces.failures import FailureClass
 
 Prepared = Callable[..., PreparedPackage]
 
@@ -40,6 +41,7 @@ def republish(
         ({"system": "Plan9"}, "system"),
         ({"isa": ["AVX1024"]}, "instruction set AVX1024"),
         ({"libraries": {"torch": "1.0"}}, "made for 1.0"),
+        ({"sources": {"decoder_source": "sha256:0"}}, "compiler.flags.decoder_source: made for sha256:0, here sha256:"),
     ],
 )
 def test_a_package_for_another_machine_is_refused(
@@ -49,6 +51,25 @@ def test_a_package_for_another_machine_is_refused(
     digest = republish(copied_store, package, tmp_path, envelope={**package.manifest.envelope, **change})
     with pytest.raises(PackageRefused, match=said):
         load_package(copied_store, digest)
+
+
+def test_an_interpreted_package_is_bound_to_the_decoder_source_and_a_compiled_one_is_not(
+    copied_store: PackageStore, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another source than the recorded one is refused by name; packages from before that was recorded still load."""
+    package = prepared("eager", "float32")
+    envelope = dict(package.manifest.envelope)
+    assert envelope["sources"] == {"decoder_source": package.manifest.compiler.flags["decoder_source"]}
+    assert "sources" not in prepared("onnxruntime", "float32").manifest.envelope
+    del envelope["sources"]
+    old = republish(copied_store, package, tmp_path, envelope=envelope)
+    monkeypatch.setattr("runtime.backends.decoder_source.MODULES", ("runtime.models.decoder",))
+    with pytest.raises(PackageRefused, match="decoder_source") as refused:
+        load_package(copied_store, package.digest)
+    assert refused.value.failure_class is FailureClass.ARTIFACT_COMPATIBILITY
+    assert refused.value.fix is not None
+    assert "prepare the model again" in refused.value.fix
+    load_package(copied_store, old).executor.close()
 
 
 def test_a_provider_that_is_not_there_is_refused_and_never_replaced(
