@@ -178,8 +178,12 @@ def test_a_full_queue_answers_503_and_when_to_come_back(served: Served) -> None:
     running = served.open(600)
     assert running.recv(64)
     waiting = served.open(5)
-    while not any(event.payload.get("index") == 1 for event in served.events("engine.sequence")):
-        time.sleep(0.01)
+    for _ in range(1_000):
+        if any(event.payload.get("index") == 1 for event in served.events("engine.sequence")):
+            break
+        time.sleep(0.02)
+    else:
+        pytest.fail(f"the second request never reached the engine: {served.events('request.terminal')}")
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(
             urllib.request.Request(
