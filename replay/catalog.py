@@ -175,8 +175,8 @@ def list_requests(ledger: Ledger, run_id: str) -> list[RequestSummary]:
                 verdict=verdict.payload.get("verdict") if verdict else None,
             )
         )
-    found += [_one_shot(event) for event in by_type["oneshot.request"]]
-    return sorted(found, key=lambda request: request.accepted_us)
+    one_shot = sorted(by_type["oneshot.request"], key=lambda event: int(event.payload["index"]))
+    return [*sorted(found, key=lambda request: request.accepted_us), *map(_one_shot, one_shot)]
 
 
 def _one_shot(event: TraceEvent) -> RequestSummary:

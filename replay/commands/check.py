@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from replay.catalog import resolve, short
 from replay.commands import screen
+from replay.errors import ReplayRefused
 from replay.plan import Level, Reach
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Assess a request, or every request of a run."""
+    from replay.inferences import is_inference
     from replay.plan import assess
     from replay.preparations import is_preparation
     from replay.records import load_run
@@ -40,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     target = resolve(ledger, arguments.id)
     if target.request_ref is None and is_preparation(ledger, target.run_id):
         return _preparation(ledger, target.run_id, as_json=arguments.json)
+    if is_inference(ledger, target.run_id):
+        raise ReplayRefused("check does not know one-shot requests", fix="Replay it, at one call each: replay run ID")
     recorded = load_run(ledger, target.run_id, only=None if target.request_ref is None else [target.request_ref])
     surroundings = surroundings_of(ledger, recorded)
     wanted = list(recorded.requests) if target.request_ref is None else [target.request_ref]

@@ -76,7 +76,7 @@ def test_what_cannot_be_replayed_is_refused_in_one_line(
     code, refused = asked(capsys, ledger, "run", run_id, "--set", "compiler.precision=bfloat16")
     assert (code, refused["replays"][0]["refused_pin"]) == (2, "compiler.precision")
     capsys.readouterr()
-    for words in (["run", "req_unknown"], ["run", run_id, "--mode", "forced"]):
+    for words in (["run", "req_unknown"], ["run", run_id, "--mode", "forced"], ["check", run_id]):
         assert main([*words, "--ledger", str(ledger)]) == 2
         said = capsys.readouterr().err
         assert said
