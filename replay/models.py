@@ -98,7 +98,7 @@ class Models:
 
 
 def candidates(ledger: Path) -> tuple[Candidate, ...]:
-    """Return every intact package of a ledger; a damaged one is no candidate."""
+    """Return every intact package of a ledger; a damaged or refused one is no candidate."""
     from runtime.prepare.store import PackageStore
 
     store = PackageStore(ledger)
@@ -106,6 +106,7 @@ def candidates(ledger: Path) -> tuple[Candidate, ...]:
     for digest in store.digests():
         try:
             manifest = store.read_manifest(digest)
+            store.require_usable(digest)
         except ClassifiedError:
             continue
         artifact = manifest.artifact.model_copy(update={"package_digest": digest})

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
+from traces.stages import phase_of
+
 RetryAction = Literal["none", "retry", "fallback", "resume", "repair", "escalate", "forbidden"]
 SideEffect = Literal["none", "read", "reversible", "irreversible", "ambiguous"]
 
@@ -171,11 +173,12 @@ class ClassifiedError(Exception):
         return {**demanded, **self.evidence}
 
     def to_payload(self) -> dict[str, Any]:
-        """Return the error as an event payload: message, class, type, fix and complete evidence."""
+        """Return the error as an event payload: message, class, type, phase, fix and complete evidence."""
         return {
             "message": self.message,
             "failure_class": self.failure_class.value,
             "error_type": self.error_type,
+            "phase": phase_of(self.stage),
             "fix": self.fix,
             "evidence": self.complete_evidence(),
         }

@@ -63,6 +63,19 @@ class Stage(StrEnum):
         raise ValueError(f"no stage is called {word!r}; the stages are: {known}")
 
 
+def phase_of(stage: str | None) -> str | None:
+    """Tell build-time (``build``, a01 to a07), ``readiness`` (a08, a09) and ``live`` failures apart by their stage.
+
+    None where a failure names no stage.
+    """
+    if stage is None:
+        return None
+    found = Stage(stage)
+    if found.track == "B":
+        return "live"
+    return "build" if found.number <= Stage.PACKAGE.number else "readiness"
+
+
 @dataclass(frozen=True)
 class StageDescription:
     """What the specification says about one stage."""

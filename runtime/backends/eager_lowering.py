@@ -19,6 +19,7 @@ from runtime.backends.decoder_source import DECODER_SOURCE, decoder_source
 from runtime.backends.eager import WEIGHTS, EagerExecutor, eager_executor
 from runtime.backends.eager_one_shot import PROGRAM, EagerOneShot
 from runtime.backends.errors import BackendRefused
+from runtime.backends.fixture import require_within
 from runtime.backends.invariant import recipe_of
 from runtime.backends.lowering import ExportedLowering, target, unknown
 from runtime.backends.one_shot import OneShotSpec
@@ -36,6 +37,7 @@ class EagerLowering(ExportedLowering):
         program = self.program
         nodes = {"nodes": len(program.exported.graph.nodes)}
         comparison = self.compare(self._executor())
+        require_within(comparison, stage="a04")
         record = {
             "pass_list": [],
             "graph_before": nodes,

@@ -113,6 +113,18 @@ def compare(output: FixtureOutput, reference: FixtureOutput, precision: str) -> 
     )
 
 
+def require_within(comparison: Comparison, *, stage: str) -> None:
+    """Refuse a stage's result that drifted from eager float32 beyond the stated tolerance."""
+    if not comparison.within:
+        raise BackendRefused(
+            f"the program differs from {comparison.reference} by {comparison.relative_rms:.2e} in relative root mean "
+            f"square, allowed is {comparison.tolerance:g}",
+            fix="lower the optimization level, or look for the pass that rewrote it",
+            evidence={"validation_output": str(comparison.document())},
+            stage=stage,
+        )
+
+
 def reference_output(model_folder: Path, like: Executor) -> FixtureOutput:
     """Run the fixture on eager float32 from the checkpoint, under the bounds of `like`."""
     eager = EagerExecutor.from_checkpoint(model_folder, bounds=like.contract.bounds)

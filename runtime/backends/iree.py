@@ -87,8 +87,16 @@ class IreePool(ArrayPool):
 
     def __init__(self, loaded: LoadedModule, *, num_layers: int, num_slots: int, width: int) -> None:
         super().__init__(num_layers=num_layers, num_slots=num_slots, width=width)
-        self.device = loaded.device
-        self.k_view, self.v_view = loaded.view(self.k), loaded.view(self.v)
+        self.device, self._loaded = loaded.device, loaded
+        self._view()
+
+    def adopt(self, k: NDArray[Any], v: NDArray[Any]) -> None:
+        """See `ArrayPool.adopt`."""
+        super().adopt(k, v)
+        self._view()
+
+    def _view(self) -> None:
+        self.k_view, self.v_view = self._loaded.view(self.k), self._loaded.view(self.v)
 
 
 class IreeExecutor(LoadedExecutor[LoadedModule]):

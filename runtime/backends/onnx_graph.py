@@ -40,7 +40,11 @@ def annotate(model: onnx.ModelProto, ranges: Mapping[str, Sequence[int | None]],
 
 
 def check_model(model: onnx.ModelProto) -> None:
-    """Run the full checker and strict shape inference; `BuildFailed` of stage 2 where either refuses."""
+    """Run the full checker and strict shape inference; `BuildFailed` of stage 2 where either refuses.
+
+    The checker accepts any version of opset and format, so those are compared first.
+    """
+    _check_versions(model)
     try:
         onnx.checker.check_model(model, full_check=True)
         onnx.shape_inference.infer_shapes(model, strict_mode=True, check_type=True)
@@ -51,6 +55,24 @@ def check_model(model: onnx.ModelProto) -> None:
             evidence={"validation_output": str(error)[:1000], "exception": type(error).__name__},
             stage="a02",
         ) from error
+
+
+def _check_versions(model: onnx.ModelProto) -> None:
+    newest = {"": onnx.defs.onnx_opset_version(), "ai.onnx": onnx.defs.onnx_opset_version()}
+    late = [
+        f"opset {entry.version} of {entry.domain or 'ai.onnx'} (known up to {newest[entry.domain]})"
+        for entry in model.opset_import
+        if entry.version > newest.get(entry.domain, entry.version)
+    ]
+    if model.ir_version > onnx.IR_VERSION:
+        late.append(f"IR version {model.ir_version} (known up to {onnx.IR_VERSION})")
+    if late:
+        raise BuildFailed(
+            f"the ONNX graph is newer than this installation: {', '.join(late)}",
+            fix="export the model again with this version of ONNX, or install the one that it needs",
+            evidence={"validation_output": ", ".join(late), "runtime_version": f"onnx {onnx.__version__}"},
+            stage="a02",
+        )
 
 
 def dimensions(model: onnx.ModelProto) -> dict[str, list[str]]:

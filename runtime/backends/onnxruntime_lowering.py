@@ -18,7 +18,8 @@ import torch
 from runtime.backends import onnx_graph
 from runtime.backends import program as programs
 from runtime.backends.contract import InputContract
-from runtime.backends.errors import BackendRefused, BuildFailed
+from runtime.backends.errors import BuildFailed
+from runtime.backends.fixture import require_within
 from runtime.backends.lowering import ExportedLowering, target, unknown
 from runtime.backends.one_shot import OneShotSpec
 from runtime.backends.onnx_transfers import copy_estimate, sized_edges
@@ -87,7 +88,7 @@ class OrtLowering(ExportedLowering):
             raise BuildFailed(
                 f"the ONNX exporter refused the program: {text[0][:300] if text else type(error).__name__}",
                 fix="the message names the operator that ONNX lacks; use another backend for this model",
-                evidence={"operator_details": " ".join(text)[:1000], "exception": type(error).__name__},
+                evidence={"operator_details": _root_cause(error), "exception": type(error).__name__},
                 stage="a01",
             ) from error
         self._model = onnx_graph.prepare_model(exported, self.program)
@@ -132,7 +133,10 @@ class OrtLowering(ExportedLowering):
         return Boundary({**base.emitted, "onnx_dimensions": onnx_graph.dimensions(self._model)}, record)
 
     def optimize(self) -> Boundary:
-        """Stage 4: let ONNX Runtime rewrite the graph once, keep the result, and compare it with eager."""
+        """Stage 4: let ONNX Runtime rewrite the graph once, keep the result, and compare it with eager.
+
+        Whatever providers are requested: they get their nodes in stage 5, from the graph as it then is.
+        """
         source, self._optimized = self.work / "captured.onnx", self.work / MODEL
         start = time.perf_counter_ns()
         quantized = quantize(self._model) if self.options.precision == "int8" else None
@@ -144,15 +148,8 @@ class OrtLowering(ExportedLowering):
         self._passes = (*rewritten, *ran.names)
         after = onnx.load(str(self._optimized))
         self._check_dimensions(after, stage="a04")
-        comparison = self.compare(self._executor())
-        if not comparison.within:
-            raise BackendRefused(
-                f"the optimized graph differs from {comparison.reference} by {comparison.relative_rms:.2e} (relative "
-                "root mean square)",
-                fix="lower the optimization level",
-                evidence={"validation_output": json.dumps(comparison.document())},
-                stage="a04",
-            )
+        comparison = self.compare(self._executor(PROVIDERS))
+        require_within(comparison, stage="a04")
         record = {
             "pass_list": [{"name": name, "changed": name in {*ran.changed, *rewritten}} for name in self._passes],
             "graph_before": {"nodes": len(self._model.graph.node)},
@@ -238,7 +235,7 @@ class OrtLowering(ExportedLowering):
             level=self.level,
             threads=self.options.threads,
             settings=self.settings,
-            providers=self.providers,
+            providers=PROVIDERS,
             disabled=tuple(filter(None, names)),
         )
 
@@ -246,28 +243,28 @@ class OrtLowering(ExportedLowering):
         expected = onnx_graph.expected_dimensions(self.program)
         onnx_graph.check_dimensions(model, expected, self.program.declared, stage=stage)
 
-    def _executor(self, **changes: Any) -> OrtExecutor | OrtOneShot:
+    def _executor(self, providers: tuple[str, ...], **changes: Any) -> OrtExecutor | OrtOneShot:
         options = session_options(threads=self.options.threads, settings=self.settings)
         for name, value in changes.items():
             setattr(options, name, value)
-        session = open_session(self._optimized, options, self.providers)
+        session = open_session(self._optimized, options, providers)
         model, threads = self.one_shot(), self.options.threads
         if model is not None:
-            return OrtOneShot(session, OneShotSpec(contract=model.contract, threads=threads, providers=self.providers))
+            return OrtOneShot(session, OneShotSpec(contract=model.contract, threads=threads, providers=providers))
         config = cast(StepProgram, self.program).checkpoint.config
         spec = LoadSpec(
             config=config,
             contract=InputContract.of(config, self.options.bounds),
             precision=self.options.precision,
             threads=threads,
-            providers=self.providers,
+            providers=providers,
             batch_invariant=self.options.batch_invariant,
         )
         return OrtExecutor(session, spec)
 
     def _profile(self) -> dict[str, dict[str, int]]:
         prefix = self.work / "profile"
-        executor = self._executor(enable_profiling=True, profile_file_prefix=str(prefix))
+        executor = self._executor(self.providers, enable_profiling=True, profile_file_prefix=str(prefix))
         self.exercise(executor)
         path = Path(executor.end_profiling())
         events = [event["args"] for event in json.loads(path.read_text()) if event["name"].endswith("_kernel_time")]
@@ -285,6 +282,13 @@ def _provider_version(name: str) -> str | dict[str, str]:
         if device.ep_name == name:
             return str(dict(device.ep_metadata).get("version", onnxruntime.__version__))
     return unknown("the provider registers no device")
+
+
+def _root_cause(error: BaseException) -> str:
+    """Give the innermost message of a chain: exporters name the operator there, pages of advice above it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()[:1000]
 
 
 def _file_digest(path: Path) -> str:

@@ -21,6 +21,7 @@ from manifests.canonical import digest
 from runtime.backends.contract import Bounds
 from runtime.backends.errors import BackendRefused, BuildFailed, InputRefused
 from runtime.backends.protocol import BuildOptions
+from runtime.backends.side_effects import check_side_effects
 from runtime.backends.torch_executor import hold_threads
 from runtime.models.config import ModelConfig
 from runtime.models.decoder import PRECISIONS, Decoder, NormKind
@@ -196,9 +197,10 @@ def forget_places(exported: ExportedProgram) -> None:
 
 
 def check_capture(decoder: torch.nn.Module, exported: ExportedProgram, inputs: tuple[Tensor, ...]) -> None:
-    """Run module, module and program: state or randomness of the module's own would show as a difference."""
+    """Run module, module and program: state or randomness of the module's own shows in the module or in the answers."""
+    first = check_side_effects(decoder, inputs)
     with torch.no_grad():
-        first, again = decoder(*inputs), decoder(*inputs)
+        again = decoder(*inputs)
         captured = exported.module()(*inputs)
     for index, name in enumerate(OUTPUTS):
         if not torch.equal(first[index], again[index]):

@@ -90,6 +90,12 @@ class BuildOptions:
     """Whether a row's bits may depend on itself only; the flag `recipe` chooses how."""
     deadline_seconds: int = 600
     """The whole build ends by then or fails as a timeout."""
+    steady_spread_percent: int | None = None
+    """Stage 9 refuses when a decode step's steady times spread more than this share of their median; None: never.
+
+    The spread leaves out the slowest run.  No identity, like the deadline: it decides readiness, not content."""
+    steady_step_us: int | None = None
+    """Stage 9 refuses when a single row's steady decode step takes longer; None: never."""
     buckets: BucketPlan | None = None
     """The fixed shapes to compile; None keeps the dimensions dynamic, where the backend can."""
 
@@ -298,12 +304,18 @@ def require(backend: str, table: Mapping[str, Ability], name: str) -> None:
         raise BackendRefused(
             f"{backend} knows no {name!r}",
             fix=f"choose a precision it runs: {' or '.join(offered)}",
-            evidence={"backend": backend, "ability": name, "support": "unknown"},
+            evidence={"backend": backend, "ability": name, "support": "unknown", "operator_details": name},
         )
     if cell.support is not Support.SUPPORTED:
         precision = name in ("float32", "bfloat16", "int8")
         raise BackendRefused(
             f"{backend} does not offer {name}: {cell.reason}",
             fix="use another backend" + (f", or precision {' or '.join(offered)} on this one" if precision else ""),
-            evidence={"backend": backend, "ability": name, "support": cell.support.value, "reason": cell.reason},
+            evidence={
+                "backend": backend,
+                "ability": name,
+                "support": cell.support.value,
+                "reason": cell.reason,
+                "operator_details": f"{name}: {cell.reason}",
+            },
         )

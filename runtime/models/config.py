@@ -26,7 +26,7 @@ class ModelRefused(ClassifiedError):
             message,
             failure_class=FailureClass.ARTIFACT_COMPATIBILITY,
             stage="a01",
-            evidence=dict(evidence or {}),
+            evidence={"validation_output": message, **(evidence or {})},
             fix=fix,
             error_type="model_refused",
         )

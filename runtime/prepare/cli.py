@@ -74,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=512, help="bound of new tokens a row (default: %(default)s)")
     parser.add_argument("--max-context", type=int, default=1024, help="bound of cached tokens (default: %(default)s)")
     parser.add_argument("--deadline", type=int, default=600, metavar="SECONDS", help="for compilers (%(default)s)")
+    parser.add_argument("--max-spread", type=int, metavar="PERCENT", help="refuse steady step times that spread more")
+    parser.add_argument("--max-step", type=int, metavar="MICROSECONDS", help="refuse a slower single decode step")
     parser.add_argument(
         "--like", metavar="PACKAGE", help="rebuild with this package's options and name the first stage that differs"
     )
@@ -165,7 +167,7 @@ def _options(arguments: argparse.Namespace, store: PackageStore) -> BuildOptions
         arguments.like = store.resolve(arguments.like)
         manifest = store.read_manifest(arguments.like)
         arguments.backend = manifest.compiler.backend
-        return replace(read_options(manifest.options), deadline_seconds=arguments.deadline)
+        return replace(read_options(manifest.options), **_limits(arguments))
     flags: dict[str, str] = {}
     for text in arguments.flag:
         name, sign, value = text.partition("=")
@@ -182,9 +184,18 @@ def _options(arguments: argparse.Namespace, store: PackageStore) -> BuildOptions
         bounds=bounds,
         buckets=parse_plan(arguments.buckets, bounds) if arguments.buckets else None,
         threads=arguments.threads,
-        deadline_seconds=arguments.deadline,
+        **_limits(arguments),
         batch_invariant=arguments.batch_invariant,
     )
+
+
+def _limits(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Read what decides whether a preparation succeeds and is no part of what it makes."""
+    return {
+        "deadline_seconds": arguments.deadline,
+        "steady_spread_percent": arguments.max_spread,
+        "steady_step_us": arguments.max_step,
+    }
 
 
 def _document(prepared: PreparedPackage, name: str | None) -> dict[str, Any]:

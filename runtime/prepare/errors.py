@@ -5,6 +5,7 @@ ClassifiedError
     PackageRefused      artifact_compatibility  a package's digest, signature, files or envelope are not right
     PackageUnknown      artifact_compatibility  no package has that digest or name
     WarmupRefused       artifact_compatibility  a loaded package does not answer as its fixtures say
+    MetadataIncomplete  artifact_compatibility  a package's manifest lacks a field or has a wrong one
     RecordIncomplete    telemetry_persistence   a stage left out a field that the specification lists
 """
 
@@ -56,6 +57,12 @@ class WarmupRefused(PrepareError):
     """A loaded package does not answer as its fixtures say."""
 
     NAME = "warmup_refused"
+
+
+class MetadataIncomplete(PrepareError):
+    """A package's manifest lacks a field or has a wrong one."""
+
+    NAME = "metadata_incomplete"
 
 
 class RecordIncomplete(PrepareError):

@@ -29,9 +29,10 @@ from runtime.prepare.errors import PackageRefused
 from runtime.prepare.manifest import PackageManifest, read_config_document
 from runtime.prepare.one_shot import OneShotPackage, is_one_shot, load_verified
 from runtime.prepare.package import TOKENIZER, Packaged
-from runtime.prepare.stage import StageOutcome
+from runtime.prepare.stage import StageOutcome, failing_at
 from runtime.prepare.store import PackageStore
 from runtime.probe import processor_flags
+from traces.stages import Stage
 
 REQUIRED_FLAGS = {
     "AVX2": ("avx2", "fma"),
@@ -73,13 +74,16 @@ class Loaded:
         }
 
 
-def load_package(store: PackageStore, digest: str, *, threads: int = 1, hosting: Hosting | None = None) -> LoadedModel:
+def load_package(
+    store: PackageStore, digest: str, *, threads: int = 1, hosting: Hosting | None = None, candidate: bool = False
+) -> LoadedModel:
     """Verify a package and load it, in a process of its own where `hosting` says how.
 
+    A package that its preparation refused or never finished is refused here too, but as a `candidate` of stage 8.
     Every file's digest and the manifest's signature are checked before any parser sees a byte, then the compatibility
     envelope, then the backend loads.  Errors: `PackageUnknown`, `PackageRefused`, `BackendError`.
     """
-    package_digest, manifest = open_package(store, digest)
+    package_digest, manifest = open_package(store, digest, candidate=candidate)
     if is_one_shot(manifest):
         raise PackageRefused(
             f"package {package_digest[:19]} is a one-shot model, which has no tokens to decode",
@@ -88,18 +92,9 @@ def load_package(store: PackageStore, digest: str, *, threads: int = 1, hosting:
             stage="a08",
         )
     config = read_config_document(manifest.config)
-    spec = LoadSpec(
-        config=config,
-        contract=InputContract.from_document(manifest.contract),
-        precision=manifest.compiler.precision,
-        flags=dict(manifest.compiler.flags),
-        providers=manifest.compiler.execution_providers,
-        threads=threads,
-        buckets=BucketPlan.from_document(manifest.contract["buckets"]) if "buckets" in manifest.contract else None,
-        batch_invariant=manifest.compiler.batch_invariant,
-    )
     folder = store.path(package_digest)
-    executor = _load(manifest.compiler.backend, folder, spec, hosting)
+    with failing_at(Stage.LOAD):
+        executor = _load(manifest.compiler.backend, folder, load_spec(manifest, config, threads=threads), hosting)
     tokenizer = Tokenizer.from_buffer((folder / TOKENIZER).read_bytes()) if TOKENIZER in manifest.files else None
     return LoadedModel(
         digest=package_digest,
@@ -112,6 +107,20 @@ def load_package(store: PackageStore, digest: str, *, threads: int = 1, hosting:
     )
 
 
+def load_spec(manifest: PackageManifest, config: ModelConfig, *, threads: int = 1) -> LoadSpec:
+    """Read from a package's manifest what its backend needs to load it."""
+    return LoadSpec(
+        config=config,
+        contract=InputContract.from_document(manifest.contract),
+        precision=manifest.compiler.precision,
+        flags=dict(manifest.compiler.flags),
+        providers=manifest.compiler.execution_providers,
+        threads=threads,
+        buckets=BucketPlan.from_document(manifest.contract["buckets"]) if "buckets" in manifest.contract else None,
+        batch_invariant=manifest.compiler.batch_invariant,
+    )
+
+
 def _load(backend: str, folder: Path, spec: LoadSpec, hosting: Hosting | None) -> Executor:
     chosen = backend_named(backend)
     if hosting is None or (hosting.only_faulty and not chosen.can_abort):
@@ -120,17 +129,21 @@ def _load(backend: str, folder: Path, spec: LoadSpec, hosting: Hosting | None) -
     return load_hosted(backend, folder, spec, hosting)
 
 
-def load_one_shot(store: PackageStore, digest: str, *, threads: int = 1) -> OneShotPackage:
+def load_one_shot(store: PackageStore, digest: str, *, threads: int = 1, candidate: bool = False) -> OneShotPackage:
     """Verify a one-shot package and load it, in the same order and with the same errors as `load_package`."""
-    package_digest, manifest = open_package(store, digest)
-    return load_verified(store, package_digest, manifest, threads=threads)
+    package_digest, manifest = open_package(store, digest, candidate=candidate)
+    with failing_at(Stage.LOAD):
+        return load_verified(store, package_digest, manifest, threads=threads)
 
 
-def open_package(store: PackageStore, digest: str) -> tuple[str, PackageManifest]:
-    """Check every digest, the signature and the compatibility envelope; nothing of the model is parsed."""
-    package_digest = store.resolve(digest)
-    manifest = store.verify(package_digest)
-    check_envelope(manifest, package_digest)
+def open_package(store: PackageStore, digest: str, *, candidate: bool = False) -> tuple[str, PackageManifest]:
+    """Check every digest, the signature, readiness and the compatibility envelope; nothing of the model is parsed."""
+    with failing_at(Stage.LOAD):
+        package_digest = store.resolve(digest)
+        manifest = store.verify(package_digest)
+        if not candidate:
+            store.require_usable(package_digest)
+        check_envelope(manifest, package_digest)
     return package_digest, manifest
 
 
@@ -176,7 +189,7 @@ def run(received: Packaged, *, store: PackageStore) -> StageOutcome[Loaded]:
     start = time.perf_counter_ns()
     one_shot = is_one_shot(received.manifest)
     load = load_one_shot if one_shot else load_package
-    model = load(store, received.digest, threads=received.source.options.threads)
+    model = load(store, received.digest, threads=received.source.options.threads, candidate=True)
     spent = (time.perf_counter_ns() - start) // 1000
     received.source.resources.callback(model.executor.close)
     resident = process.memory_info().rss - before

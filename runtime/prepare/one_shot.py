@@ -147,16 +147,19 @@ def measure_one_shot(executor: OneShotExecutor) -> dict[str, dict[str, int]]:
     contract = executor.contract
     first: dict[str, int] = {}
     steady: dict[str, int] = {}
+    spread: dict[str, int] = {}
     for batch in batch_sizes(contract):
         inputs = batch_inputs(contract, batch, label="latency")
         times: list[int] = []
         for _ in range(RUNS + 1):
             start = time.perf_counter_ns()
             executor.run(inputs)
-            times.append((time.perf_counter_ns() - start) // 1000)
-        first[f"run_b{batch}"] = times[0]
-        steady[f"run_b{batch}"] = sorted(times[1:])[RUNS // 2]
-    return {"first_us": first, "steady_us": steady}
+            times.append(time.perf_counter_ns() - start)
+        later = sorted(times[1:])
+        first[f"run_b{batch}"] = times[0] // 1000
+        steady[f"run_b{batch}"] = later[RUNS // 2] // 1000
+        spread[f"run_b{batch}"] = -(-100 * (later[-2] - later[0]) // later[RUNS // 2])
+    return {"first_us": first, "steady_us": steady, "spread_percent": spread}
 
 
 def probe_rows(executor: OneShotExecutor) -> dict[str, str]:

@@ -66,7 +66,7 @@ def run(received: Lowered, *, store: PackageStore, journal: Journal) -> StageOut
         options=options_document(source.options),
         stages=journal.stages(),
     )
-    package_digest = store.publish(files, manifest)
+    package_digest = store.publish(files, manifest, pending=True)
     size = sum(entry.size for entry in manifest.files.values())
     record = {
         "artifact_digest": package_digest,

@@ -82,6 +82,7 @@ def _list(store: PackageStore, _: list[str]) -> tuple[dict[str, Any], int]:
                 "precision": manifest.compiler.precision,
                 "bytes": sum(entry.size for entry in manifest.files.values()),
                 "warmed": store.baseline(package) is not None,
+                "readiness": store.readiness(package)["state"],
             }
         except ClassifiedError as error:
             row["error"] = error.message
@@ -92,7 +93,8 @@ def _list(store: PackageStore, _: list[str]) -> tuple[dict[str, Any], int]:
 def _show(store: PackageStore, names: list[str]) -> tuple[dict[str, Any], int]:
     package = store.resolve(names[0])
     manifest = store.verify(package)
-    return {"package": package, "manifest": manifest.to_document(), "baseline": store.baseline(package)}, 0
+    document = {"package": package, "manifest": manifest.to_document(), "baseline": store.baseline(package)}
+    return {**document, "readiness": store.readiness(package)}, 0
 
 
 def _verify(store: PackageStore, names: list[str]) -> tuple[dict[str, Any], int]:
@@ -131,7 +133,7 @@ def _print(action: str, document: dict[str, Any]) -> None:
         table, columns, rows = Table(), ("package", "intact", "files", "error"), document["packages"]
     else:
         table, rows = Table(), document["packages"]
-        columns = ("package", "names", "model", "backend", "precision", "bytes", "warmed", "error")
+        columns = ("package", "names", "model", "backend", "precision", "bytes", "readiness", "error")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
@@ -159,6 +161,7 @@ def _print_package(document: dict[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     manifest = document["manifest"]
     console.print(f"[bold]{document['package']}[/bold]", soft_wrap=True)
+    console.print("readiness:", document["readiness"])
     for section in ("artifact", "compiler", "contract", "envelope"):
         shown = {name: value for name, value in manifest[section].items() if name not in ("passes", "inputs")}
         console.print(f"{section}:", shown)

@@ -17,8 +17,9 @@ from runtime.models.source import identify
 from runtime.prepare import analyze, capture, load, lower, optimize, package, partition, represent, warm
 from runtime.prepare.manifest import PackageManifest
 from runtime.prepare.sources import remember_source
-from runtime.prepare.stage import Journal, StageRecorder, StageReport
+from runtime.prepare.stage import Journal, StageRecorder, StageReport, failing_at
 from runtime.prepare.store import PackageStore
+from traces.failures import ClassifiedError
 from traces.stages import Stage
 
 
@@ -49,7 +50,8 @@ def prepare(
     """Take a model through the nine stages into the store.
 
     `model_folder` is a checkpoint folder, a saved program (`.pt2`), an ONNX file or a folder with one of the latter.
-    `precision` overrides the options' own.  Nothing that is already in the store is touched by a failure.
+    `precision` overrides the options' own.  Nothing that is already in the store is touched by a failure; a package
+    that fails after stage 7 stays as evidence, marked as refused, and can be neither loaded nor named.
     Errors: `ClassifiedError` with class, stage and evidence.
     """
     wanted = options or BuildOptions()
@@ -57,16 +59,23 @@ def prepare(
     chosen = backend_named(backend)
     journal = Journal(recorder, on_start, on_finish)
     with tempfile.TemporaryDirectory(prefix="replaylab-prepare-") as work, ExitStack() as resources:
-        source = identify(model_folder)
+        source = journal.entering(Stage.CAPTURE, lambda: identify(model_folder))
         wanted = wanted if source.kind.one_shot else chosen.complete(wanted)
         value: Any = capture.Source(model_folder, source.digest, chosen, wanted, Path(work), resources)
         packaged: Any = None
-        for stage, step in steps(store, journal):
-            value = journal.run(stage, value, step)
-            packaged = value if stage is Stage.PACKAGE else packaged
+        try:
+            for stage, step in steps(store, journal):
+                with failing_at(stage):
+                    value = journal.run(stage, value, step)
+                packaged = value if stage is Stage.PACKAGE else packaged
+        except ClassifiedError as error:
+            if packaged is not None:
+                store.decide(packaged.digest, "refused", error.to_payload() | {"stage": error.stage})
+            raise
     preparation = describe_preparation(packaged.manifest, source.digest, journal)
     store.write_baseline(packaged.digest, baseline_document(journal))
     store.write_preparation(packaged.digest, preparation)
+    store.decide(packaged.digest, "ready")
     remember_source(store, source.digest, model_folder)
     return PreparedPackage(packaged.digest, packaged.path, packaged.manifest, preparation, tuple(journal.reports))
 

@@ -61,10 +61,15 @@ def prepare_recorded(
                 on_start=on_start,
                 on_finish=on_finish,
             )
+            before = store.aliases().get(name) if name is not None else None
             if name is not None:
                 store.set_alias(name, prepared.digest)
+            decided = {"decision": "ready", "name": name, "package": prepared.digest, "before": before}
+            recorder.commit("readiness.decided", payload=decided, track="A", stage=Stage.WARM.value, status="ok")
         except BaseException as error:
             failed = error if isinstance(error, ClassifiedError) else None
+            if failed is not None:
+                _refuse(recorder, store, name, failed)
             recorder.commit(
                 "run.completed",
                 payload={"error": type(error).__name__},
@@ -82,3 +87,17 @@ def prepare_recorded(
             result_ref=recorder.put_blob(prepared.preparation.canonical()),
         )
     return prepared
+
+
+def _refuse(recorder: Recorder, store: PackageStore, name: str | None, error: ClassifiedError) -> None:
+    """Record why the name keeps the package that it has: class, stage, phase and evidence."""
+    recorder.commit(
+        "readiness.decided",
+        payload=error.to_payload()
+        | {"decision": "refused", "name": name, "kept": store.aliases().get(name) if name is not None else None},
+        track="A",
+        stage=error.stage,
+        status="error",
+        failure_class=error.failure_class,
+        error_type=error.error_type,
+    )

@@ -79,7 +79,6 @@ def verify(payload: bytes, envelope: bytes, keys: Path) -> str:
             f"no usable public key {PUBLIC_KEY} to check packages with",
             fix=f"copy the key of the store that made the package to {PUBLIC_KEY} in the ledger's keys folder",
             evidence={"validation_output": str(error)},
-            stage="a08",
         ) from error
     try:
         parsed = json.loads(envelope)
@@ -92,6 +91,5 @@ def verify(payload: bytes, envelope: bytes, keys: Path) -> str:
             "the package's signature is not by this ledger's key, or the manifest was changed after signing",
             fix="restore the package from where it was made, or prepare the model again",
             evidence={"validation_output": f"{type(error).__name__}: {error}"},
-            stage="a08",
         ) from error
     return key_name(public)

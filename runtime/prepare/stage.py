@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
+from pydantic import ValidationError
+
 from manifests.canonical import canonical_bytes, digest
+from manifests.errors import ManifestError
 from manifests.preparation import StageManifest
-from runtime.backends.errors import CapacityExhausted, ExecutionFailed
-from runtime.prepare.errors import RecordIncomplete
+from runtime.backends.errors import CAPACITY_SIGNS, CapacityExhausted, ExecutionFailed
+from runtime.prepare.errors import MetadataIncomplete, RecordIncomplete
 from traces.failures import ClassifiedError
 from traces.stages import Stage, describe
 
@@ -33,6 +37,8 @@ MEASURED = frozenset(
 """Record fields that differ from build to build: they stand in events, never in what is digested."""
 
 
+SPACE_SIGNS = (*CAPACITY_SIGNS, "File too large", "Disk quota exceeded")
+"""Texts by which libraries that wrap the system's number say the same."""
 OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Numbers by which the system says that a file could not grow."""
 
@@ -47,6 +53,7 @@ class Document(Protocol):
 
 Received = TypeVar("Received", bound=Document)
 Emitted = TypeVar("Emitted", bound=Document)
+Found = TypeVar("Found")
 EmittedCovariant = TypeVar("EmittedCovariant", bound=Document, covariant=True)
 
 
@@ -90,6 +97,20 @@ class Journal:
     on_start: Callable[[Stage], None] | None = None
     on_finish: Callable[[StageReport], None] | None = None
     reports: list[StageReport] = field(default_factory=list[StageReport])
+
+    def entering(self, stage: Stage, find: Callable[[], Found]) -> Found:
+        """Find what a stage will receive; a failure to do so is that stage's failure."""
+        start = time.perf_counter_ns()
+        try:
+            return find()
+        except Exception as error:
+            failure = classify(error, stage)
+            if self.recorder is not None:
+                self.recorder.commit("stage.started", payload={"input_digest": None}, stage=stage.value)
+            self._failed(stage, failure, start)
+            if failure is error:
+                raise
+            raise failure from error
 
     def run(self, stage: Stage, received: Received, work: Callable[[Received], StageOutcome[Emitted]]) -> Emitted:
         """Run one stage between its recorded boundaries.
@@ -172,13 +193,31 @@ class Journal:
             )
 
 
+@contextmanager
+def failing_at(stage: Stage) -> Generator[None]:
+    """Say of failures that name no stage that they are of this one."""
+    try:
+        yield
+    except ClassifiedError as error:
+        error.stage = error.stage or stage.value
+        raise
+
+
 def classify(error: Exception, stage: Stage) -> ClassifiedError:
     """Give a stage's error its class: its own, capacity for memory and disk, else a failed execution of the stage."""
     if isinstance(error, ClassifiedError):
         error.stage = error.stage or stage.value
         return error
     text = f"{type(error).__name__}: {error}"[:500]
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in OUT_OF_SPACE):
+    if isinstance(error, ManifestError | ValidationError):
+        return MetadataIncomplete(
+            f"stage {stage.word} has metadata that do not fit: {error}",
+            fix="record what the manifest asks for; a field that a toolchain cannot tell is unknown with its reason",
+            evidence={"validation_output": text},
+            stage=stage.value,
+        )
+    full = isinstance(error, OSError) and error.errno in OUT_OF_SPACE
+    if isinstance(error, MemoryError) or full or any(sign in text for sign in SPACE_SIGNS):
         return CapacityExhausted(
             f"stage {stage.word} ran out of memory or disk",
             fix="free space under the ledger and the temporary folder",

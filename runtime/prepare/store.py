@@ -3,6 +3,7 @@
 packages/sha256-<hex>/manifest.json    the package manifest; its digest is the package's name
                       signature.json   DSSE envelope over the manifest
                       ...              exactly the files that the manifest lists
+packages/sha256-<hex>.readiness.json   pending, ready or refused; a package from elsewhere has none
 packages/sha256-<hex>.baseline.json    what stages 8 and 9 measured on this machine
 packages/sha256-<hex>.preparation.json the nine stages without times, to rebuild and compare with
 packages/aliases.json                  names that people use
@@ -51,8 +52,11 @@ class PackageStore:
         found = (entry.name.replace("-", ":", 1) for entry in self.root.iterdir() if entry.is_dir())
         return tuple(sorted(name for name in found if is_digest(name)))
 
-    def publish(self, files: Mapping[str, Path], manifest: PackageManifest) -> str:
-        """Put a package into the store under its manifest's digest; publishing the same one twice changes nothing."""
+    def publish(self, files: Mapping[str, Path], manifest: PackageManifest, *, pending: bool = False) -> str:
+        """Put a package into the store under its manifest's digest; publishing the same one twice changes nothing.
+
+        A `pending` one cannot be loaded or named until `decide` says that it is ready.
+        """
         data = manifest.canonical()
         package_digest = digest(data)
         target = self.path(package_digest)
@@ -61,6 +65,8 @@ class PackageStore:
             return package_digest
         self._layout.create()
         self.root.mkdir(mode=0o700, exist_ok=True)
+        if pending:
+            self.decide(package_digest, "pending")
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=self.root))
         try:
             for name, source in files.items():
@@ -124,6 +130,36 @@ class PackageStore:
             fix="`replaylab packages list` shows what is there",
         )
 
+    def readiness(self, package_digest: str) -> dict[str, Any]:
+        """Tell `state` (pending, ready, refused; unknown for a package from elsewhere) and, if refused, `failure`."""
+        try:
+            return dict(json.loads(self._readiness(package_digest).read_bytes()))
+        except FileNotFoundError:
+            return {"state": "unknown", "failure": None}
+
+    def decide(self, package_digest: str, state: str, failure: Mapping[str, Any] | None = None) -> None:
+        """Note a readiness decision; a package that was ready stays so, whatever a later preparation of it finds."""
+        if self.readiness(package_digest)["state"] != "ready":
+            document = {"document": "replaylab.readiness/1", "state": state, "failure": failure and dict(failure)}
+            write_durably(self._readiness(package_digest), canonical_bytes(document), mode=0o644)
+
+    def require_usable(self, package_digest: str) -> None:
+        """Refuse a package that a preparation refused or never finished."""
+        found = self.readiness(package_digest)
+        if found["state"] in ("ready", "unknown"):
+            return
+        failure = found["failure"] or {"message": "its preparation did not finish", "failure_class": None}
+        raise PackageRefused(
+            f"package {package_digest[:19]} is not ready: {failure['message']}",
+            fix="prepare the model again; the package that was active before still is",
+            evidence={
+                "artifact_digest": package_digest,
+                "validation_output": f"readiness {found['state']}: {failure['message']}",
+                "refused_class": failure["failure_class"],
+            },
+            stage="a08",
+        )
+
     def aliases(self) -> dict[str, str]:
         """Read the names that people gave to packages."""
         try:
@@ -136,10 +172,11 @@ class PackageStore:
             ) from error
 
     def set_alias(self, name: str, package_digest: str) -> None:
-        """Point a name at a package that verifies; the old package stays."""
+        """Point a name at a package that verifies and is ready; the old package stays."""
         if is_digest(name) or not name.isascii() or not name or any(c.isspace() or c == "/" for c in name):
             raise PackageUnknown(f"{name!r} cannot be a package name", fix="use a word of ASCII letters and digits")
         self.read_manifest(package_digest)
+        self.require_usable(package_digest)
         write_durably(self.root / ALIASES, canonical_bytes({**self.aliases(), name: package_digest}), mode=0o644)
 
     def write_baseline(self, package_digest: str, document: Mapping[str, Any]) -> None:
@@ -171,6 +208,9 @@ class PackageStore:
     def _preparation(self, package_digest: str) -> Path:
         return self.path(package_digest).with_suffix(".preparation.json")
 
+    def _readiness(self, package_digest: str) -> Path:
+        return self.path(package_digest).with_suffix(".readiness.json")
+
     def _baseline(self, package_digest: str) -> Path:
         return self.path(package_digest).with_suffix(".baseline.json")
 
@@ -193,7 +233,6 @@ class PackageStore:
             f"package {package_digest[:19]} is not intact: {what}: {why}",
             fix="restore the package from where it was made, or prepare the model again",
             evidence={"artifact_digest": package_digest, "validation_output": f"{what}: {why}"},
-            stage="a08",
         )
 
 
@@ -204,7 +243,6 @@ def file_entry(path: Path, package_digest: str = "") -> PackageFile:
             f"{path.name} is not a regular file",
             fix="restore the package from where it was made",
             evidence={"artifact_digest": package_digest, "validation_output": path.name},
-            stage="a08",
         )
     with path.open("rb") as file:
         name = hashlib.file_digest(file, "sha256").hexdigest()

@@ -116,7 +116,9 @@ def _lower(record: Mapping[str, Any]) -> str:
 
 def _warm(record: Mapping[str, Any]) -> str:
     # canonical documents sort names as text, so the batch sizes come back as b1, b32, b8
-    measured = sorted((int(name.rpartition("_b")[2]), us) for name, us in record["steady_state_us"].items())
+    measured = sorted(
+        (int(name.rpartition("_b")[2]), us) for name, us in record["steady_state_us"].items() if "_b" in name
+    )
     what = "decode" if any(name.startswith("decode") for name in record["steady_state_us"]) else "call"
     steady = ", ".join(f"b{batch} {us / 1000:.2f}" for batch, us in measured)
     varies = [name for name, found in record["readiness_decision"]["invariance"].items() if found == "differs"]

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from runtime.backends.comparison import Comparison
 from runtime.backends.fixture import FixtureOutput, compare, fixture_tokens, run_fixture
-from runtime.backends.protocol import CompileEvent, Executor, Specializing
+from runtime.backends.protocol import BuildOptions, CompileEvent, Executor, Specializing
 from runtime.prepare.errors import WarmupRefused
 from runtime.prepare.invariance import AXES, probe_invariance
 from runtime.prepare.kernels import varying_kernels
@@ -73,6 +73,7 @@ def run(received: Loaded, *, store: PackageStore) -> StageOutcome[Warmed]:
     model = received.model
     compiled_before, earlier = compilations(), compile_events(model)
     seen = _observe_one_shot(model, store) if isinstance(model, OneShotPackage) else _observe(received, model, store)
+    check_health(model.digest, seen.latency, received.packaged.source.options)
     events, late = compile_events(model)[len(earlier) :], lazy(model)
     compiled = compilations() - compiled_before
     warmed = Warmed(model, seen.outputs, seen.invariance, ready=compiled == (len(events) if late else 0))
@@ -86,7 +87,7 @@ def run(received: Loaded, *, store: PackageStore) -> StageOutcome[Warmed]:
     record = {
         "warmup_count": seen.runs + len(seen.latency["steady_us"]) * (RUNS + 1),
         "first_run_us": {"fixture_session": seen.first_us, **seen.latency["first_us"]},
-        "steady_state_us": seen.latency["steady_us"],
+        "steady_state_us": {**seen.latency["steady_us"], "spread_percent": seen.latency["spread_percent"]},
         "compilation_cache_events": {
             "compilations": compiled,
             "ready_state": "compiles a shape at its first use" if late else "compiles nothing",
@@ -129,6 +130,26 @@ def _observe_one_shot(model: OneShotPackage, store: PackageStore) -> Observed:
         invariance=probe_rows(model.executor),
         kernels={},
     )
+
+
+def check_health(digest: str, latency: Mapping[str, Mapping[str, int]], options: BuildOptions) -> None:
+    """Refuse unstable or slow steps where the options set a limit; without one, noise never fails a preparation."""
+    limits = {
+        "spread_percent": (options.steady_spread_percent, max(latency["spread_percent"].values())),
+        "steady_us": (options.steady_step_us, min(latency["steady_us"].values())),
+    }
+    for name, (limit, found) in limits.items():
+        if limit is not None and found > limit:
+            raise WarmupRefused(
+                f"steady steps are not healthy: {name} {found}, allowed is {limit}",
+                fix="prepare again on a quieter machine, or raise the limit",
+                evidence={
+                    "artifact_digest": digest,
+                    "validation_output": f"{name} {found} > {limit}",
+                    "operator_details": str({part: dict(values) for part, values in latency.items()}),
+                },
+                stage="a09",
+            )
 
 
 def check_invariance(model: LoadedModel, invariance: Mapping[str, Any], kernels: Mapping[str, str]) -> None:
@@ -177,11 +198,15 @@ def validate(model: LoadedModel, store: PackageStore) -> tuple[FixtureOutput, Co
 
 
 def measure_latency(executor: Executor) -> dict[str, dict[str, int]]:
-    """Time one decode step at each batch size: the first run and the median of later ones, in microseconds."""
+    """Time one decode step at each batch size: the first run, the median of later ones, in microseconds, their spread.
+
+    The spread is that of all later runs but the slowest, in percent of the median.
+    """
     bounds = executor.contract.bounds
     context = min(CONTEXT, bounds.max_context, executor.contract.max_positions - 1)
     first: dict[str, int] = {}
     steady: dict[str, int] = {}
+    spread: dict[str, int] = {}
     pool = executor.new_pool(context)
     for batch in (size for size in BUCKETS if size <= bounds.max_batch):
         tokens = fixture_tokens("latency", batch, executor.config.vocab_size).reshape(batch, 1)
@@ -192,10 +217,12 @@ def measure_latency(executor: Executor) -> dict[str, dict[str, int]]:
         for _ in range(RUNS + 1):
             start = time.perf_counter_ns()
             executor.step(tokens, positions, slots, lengths, pool)
-            times.append((time.perf_counter_ns() - start) // 1000)
-        first[f"decode_b{batch}"] = times[0]
-        steady[f"decode_b{batch}"] = sorted(times[1:])[RUNS // 2]
-    return {"first_us": first, "steady_us": steady}
+            times.append(time.perf_counter_ns() - start)
+        later = sorted(times[1:])
+        first[f"decode_b{batch}"] = times[0] // 1000
+        steady[f"decode_b{batch}"] = later[RUNS // 2] // 1000
+        spread[f"decode_b{batch}"] = -(-100 * (later[-2] - later[0]) // later[RUNS // 2])
+    return {"first_us": first, "steady_us": steady, "spread_percent": spread}
 
 
 def compilations() -> int:

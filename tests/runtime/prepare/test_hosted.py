@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from manifests.scheduling import SchedulingManifest
-from runtime.backends.contract import InputContract
 from runtime.backends.errors import (
     BackendError,
     BackendRefused,
@@ -30,11 +29,11 @@ from runtime.backends.errors import (
 )
 from runtime.backends.hosted import HostedExecutor, load_hosted
 from runtime.backends.hosted_process import Hosting
-from runtime.backends.protocol import LoadSpec
+from runtime.backends.registry import BACKENDS
 from runtime.engine.generation import GenerationRequest, Sampling
 from runtime.engine.loop import Engine
 from runtime.engine.playback import PlanPlayer
-from runtime.prepare.load import load_package
+from runtime.prepare.load import load_package, load_spec
 from runtime.prepare.manifest import read_config_document
 from runtime.prepare.pipeline import PreparedPackage
 from runtime.prepare.store import PackageStore
@@ -48,19 +47,8 @@ POISON = 70
 """A position; whoever decodes a token there loses the process."""
 
 
-def spec_of(package: PreparedPackage) -> LoadSpec:
-    manifest = package.manifest
-    return LoadSpec(
-        config=read_config_document(manifest.config),
-        contract=InputContract.from_document(manifest.contract),
-        precision=manifest.compiler.precision,
-        flags=dict(manifest.compiler.flags),
-        providers=manifest.compiler.execution_providers,
-    )
-
-
 @contextmanager
-def hosted(store: PackageStore, package: PreparedPackage, **hosting: Any) -> Iterator[HostedExecutor]:
+def hosted(store: PackageStore, package: PreparedPackage, **hosting: Any) -> Generator[HostedExecutor]:
     executor = load_package(store, package.digest, hosting=Hosting(**hosting)).executor
     assert isinstance(executor, HostedExecutor)
     try:
@@ -75,7 +63,7 @@ def small_step(executor: Any, pool: Any, *, token: int = 5) -> Any:
 
 
 @contextmanager
-def killed_during(executor: HostedExecutor, number: signal.Signals) -> Iterator[None]:
+def killed_during(executor: HostedExecutor, number: signal.Signals) -> Generator[None]:
     """Hold the child, and end it by a signal once the call has been sent to it."""
     pid = executor.pid
     assert pid is not None
@@ -95,7 +83,7 @@ def killed_during(executor: HostedExecutor, number: signal.Signals) -> Iterator[
 
 @pytest.mark.parametrize(
     ("backend", "precision"),
-    [("eager", "float32"), ("eager", "bfloat16"), ("onnxruntime", "float32"), ("inductor", "float32")],
+    [("eager", "bfloat16"), *((backend.name, "float32") for backend in BACKENDS)],
 )
 def test_a_hosted_package_answers_with_the_bits_of_one_in_this_process(
     prepared: Prepared, store: PackageStore, backend: str, precision: str
@@ -120,7 +108,15 @@ def test_a_hosted_package_answers_with_the_bits_of_one_in_this_process(
         small_step(hosting.executor, pools[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGSEGV,
+        signal.SIGKILL,
+        pytest.param(signal.SIGABRT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGFPE, marks=pytest.mark.slow),
+    ],
+)
 def test_a_death_is_a_classified_failure_and_the_cache_outlives_it(
     prepared: Prepared, store: PackageStore, number: signal.Signals
 ) -> None:
@@ -221,8 +217,9 @@ def test_code_that_kills_its_loader_is_a_classified_failure_here(
     start = data.index(b"\x7fELF")
     data[start + 4096 : start + 4096 + 60_000] = bytes(60_000)
     (folder / "step.pt2").write_bytes(data)
+    spec = load_spec(package.manifest, read_config_document(package.manifest.config))
     with pytest.raises(BackendError) as caught:
-        load_hosted("inductor", folder, spec_of(package), Hosting())
+        load_hosted("inductor", folder, spec, Hosting())
     assert caught.value.stage == "a08"
     assert caught.value.evidence.get("error_class", "SIG").startswith("SIG")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.backends.registry import BACKENDS
 from runtime.prepare import load
 from runtime.prepare.errors import PackageRefused, PackageUnknown
 from runtime.prepare.load import load_package
@@ -41,7 +42,7 @@ def test_a_bit_flip_in_any_file_is_refused_before_parsing(copied_store: PackageS
             if path.name == "signature.json":
                 continue
             original = path.read_bytes()
-            for position in (0, len(original) - 1, *(draw.randrange(len(original)) for _ in range(10))):
+            for position in (0, len(original) - 1, *(draw.randrange(len(original)) for _ in range(24))):
                 flip(path, position)
                 with pytest.raises(PackageRefused) as caught:
                     load_package(copied_store, digest)
@@ -138,10 +139,11 @@ def test_publishing_the_same_package_again_changes_nothing(
 def store_of_all(
     copied_store: PackageStore, store: PackageStore, prepared: Callable[..., PreparedPackage]
 ) -> PackageStore:
-    """Every package format, the compiled one too."""
-    compiled = prepared("inductor", "float32").digest
-    if not copied_store.path(compiled).exists():
-        shutil.copytree(store.path(compiled), copied_store.path(compiled))
+    """Every package format, those that are compiled too."""
+    for backend in BACKENDS:
+        compiled = prepared(backend.name, "float32").digest
+        if not copied_store.path(compiled).exists():
+            shutil.copytree(store.path(compiled), copied_store.path(compiled))
     return copied_store
 
 
