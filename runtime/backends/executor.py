@@ -58,7 +58,7 @@ class LoadedExecutor(Generic[Loaded]):
         """Check the inputs, then run the step; see `Executor.step`."""
         loaded = self.loaded
         self.spec.contract.check(tokens, positions, slots, context_lengths, num_slots=pool.num_slots)
-        inputs = (tokens, positions, slots, context_lengths)
+        inputs = (plain(tokens), plain(positions), plain(slots), plain(context_lengths))
         if self.spec.batch_invariant:
             inputs = arrange(inputs, rows=self._least_rows)
         try:
@@ -83,3 +83,18 @@ class LoadedExecutor(Generic[Loaded]):
     def close(self) -> None:
         """Drop what was loaded; the executor cannot step afterwards."""
         self._loaded = None
+
+
+def plain(array: Integers) -> Integers:
+    """Give an array as every backend reads it, copied where it is strided or read-only.
+
+    NumPy calls an array of one element contiguous whatever its strides are; compiled code compares the strides.
+    """
+    if not array.flags.writeable:  # some importers of host memory want to be able to write
+        return array.copy()
+    stride = array.itemsize
+    for size, found in zip(reversed(array.shape), reversed(array.strides), strict=True):
+        if found != stride:
+            return array.copy()
+        stride *= size
+    return array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -96,7 +97,15 @@ class IreePool(ArrayPool):
         self._view()
 
     def _view(self) -> None:
-        self.k_view, self.v_view = self._loaded.view(self.k), self._loaded.view(self.v)
+        self.k_view, self.v_view = (self._loaded.view(_importable(table)) for table in (self.k, self.v))
+
+
+def _importable(array: NDArray[Any]) -> NDArray[Any]:
+    """See a read-only table as one that IREE imports; it only reads it, and memory that may not be written stays so."""
+    if array.flags.writeable:
+        return array
+    raw: Any = (ctypes.c_char * array.nbytes).from_address(array.ctypes.data)
+    return np.frombuffer(raw, dtype=array.dtype).reshape(array.shape)
 
 
 class IreeExecutor(LoadedExecutor[LoadedModule]):

@@ -137,23 +137,6 @@ def test_a_foreign_pool_is_refused(executors: Callable[[str], Any], name: str) -
         executor.step(*good(executor).values(), Stranger())
 
 
-@pytest.mark.parametrize("name", [*(backend.name for backend in BACKENDS), "hosted"])
-def test_what_is_not_gathered_does_not_matter(executors: Callable[[str], Any], name: str) -> None:
-    """Not-a-number in slots beyond a row's context length stays out of its answer."""
-    executor = executors(name)
-    inputs = good(executor)
-    clean, poisoned = executor.new_pool(SLOTS), executor.new_pool(SLOTS)
-    first = executor.step(*inputs.values(), clean)
-    zero = np.zeros(1, dtype=np.int64)
-    new_k, new_v = first.new_k * float("nan"), first.new_v * float("nan")
-    unused = inputs["slots"][0, 6:7].copy()
-    poisoned.write(unused, new_k, new_v, rows=zero, columns=zero)
-    assert np.isnan(poisoned.read(unused)[0]).all()
-    out = executor.step(*inputs.values(), poisoned).logits
-    assert np.isfinite(out).all()
-    assert np.array_equal(out, executor.step(*inputs.values(), clean).logits)
-
-
 def test_what_can_abort_can_be_hosted() -> None:
     for backend in BACKENDS:
         if backend.can_abort:

@@ -29,6 +29,7 @@ from runtime.backends.errors import (
 )
 from runtime.backends.hosted import HostedExecutor, load_hosted
 from runtime.backends.hosted_process import Hosting
+from runtime.backends.protocol import Support
 from runtime.backends.registry import BACKENDS
 from runtime.engine.generation import GenerationRequest, Sampling
 from runtime.engine.loop import Engine
@@ -43,6 +44,10 @@ from tests.runtime.engine.toy import ListRecorder, ToyModel
 from traces.failures import FailureClass, rule_of
 
 Prepared = Callable[..., PreparedPackage]
+HOSTED = [
+    ("eager", "bfloat16"),
+    *((one.name, "float32") for one in BACKENDS if one.abilities["own_process"].support is Support.SUPPORTED),
+]
 POISON = 70
 """A position; whoever decodes a token there loses the process."""
 
@@ -83,7 +88,7 @@ def killed_during(executor: HostedExecutor, number: signal.Signals) -> Generator
 
 @pytest.mark.parametrize(
     ("backend", "precision"),
-    [("eager", "bfloat16"), *((backend.name, "float32") for backend in BACKENDS)],
+    HOSTED,
 )
 def test_a_hosted_package_answers_with_the_bits_of_one_in_this_process(
     prepared: Prepared, store: PackageStore, backend: str, precision: str
