@@ -60,6 +60,7 @@ def prepare(
     journal = Journal(recorder, on_start, on_finish)
     with tempfile.TemporaryDirectory(prefix="replaylab-prepare-") as work, ExitStack() as resources:
         source = journal.entering(Stage.CAPTURE, lambda: identify(model_folder))
+        remember_source(store, source.digest, model_folder)  # a preparation that fails can be run again too
         wanted = wanted if source.kind.one_shot else chosen.complete(wanted)
         value: Any = capture.Source(model_folder, source.digest, chosen, wanted, Path(work), resources)
         packaged: Any = None
@@ -76,7 +77,6 @@ def prepare(
     store.write_baseline(packaged.digest, baseline_document(journal))
     store.write_preparation(packaged.digest, preparation)
     store.decide(packaged.digest, "ready")
-    remember_source(store, source.digest, model_folder)
     return PreparedPackage(packaged.digest, packaged.path, packaged.manifest, preparation, tuple(journal.reports))
 
 

@@ -28,6 +28,7 @@ def remember_source(store: PackageStore, model_digest: str, folder: Path) -> Non
     place = str(folder.resolve())
     known = [place, *(other for other in hints.get(model_digest, []) if other != place)]
     if hints.get(model_digest) != known:
+        store.create()
         write_durably(store.root / HINTS, canonical_bytes({**hints, model_digest: known}), mode=0o644)
 
 

@@ -52,6 +52,11 @@ class PackageStore:
         found = (entry.name.replace("-", ":", 1) for entry in self.root.iterdir() if entry.is_dir())
         return tuple(sorted(name for name in found if is_digest(name)))
 
+    def create(self) -> None:
+        """Make the folder of packages where it is not there yet."""
+        self._layout.create()
+        self.root.mkdir(mode=0o700, exist_ok=True)
+
     def publish(self, files: Mapping[str, Path], manifest: PackageManifest, *, pending: bool = False) -> str:
         """Put a package into the store under its manifest's digest; publishing the same one twice changes nothing.
 
@@ -63,8 +68,7 @@ class PackageStore:
         if target.exists():
             self.verify(package_digest)
             return package_digest
-        self._layout.create()
-        self.root.mkdir(mode=0o700, exist_ok=True)
+        self.create()
         if pending:
             self.decide(package_digest, "pending")
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=self.root))
