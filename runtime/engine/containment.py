@@ -1,8 +1,8 @@
-"""How does the death of a hosting process cost only the request that caused it?  Its rows run again, one by one.
+"""How does a call that kept nothing cost only the request that caused it?  Its rows run again, one by one.
 
-A call whose process died has written nothing: keys and values are put away after it.  Which of its rows was to blame is
-not known, so each runs again as a call of its own.  Those calls stand in the recorded plan in place of the dead one:
-the plan says what really computed each row, so a replay gives the same bits.
+A call whose hosting process died, or that answered what is no number, has written nothing: keys and values are put away
+after it.  Which of its rows was to blame is not known, so each runs again as a call of its own.  Those calls stand in
+the recorded plan in place of the lost one: the plan says what really computed each row, so a replay gives the same bits.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import msgspec
 
 from runtime.backends.errors import BackendError
+from runtime.engine.errors import AnswerNotFinite
 from runtime.engine.plan import Call, StepPlan
 from runtime.engine.settings import Settings
 
@@ -37,7 +38,8 @@ class ContainedCalls:
     def replace(self, error: Exception) -> bool:
         """Put single rows in place of the call that has just failed; False where its failure is its rows' own."""
         call = self._done[-1]
-        if not (isinstance(error, BackendError) and error.LOST_INSTANCE) or len(call.sequences) < 2:
+        lost = isinstance(error, BackendError) and error.LOST_INSTANCE
+        if not (lost or isinstance(error, AnswerNotFinite)) or len(call.sequences) < 2:
             return False
         self._done.pop()
         self._waiting.extendleft(reversed(single_rows(call, self._settings)))

@@ -8,6 +8,7 @@ RuntimeFailure
     SamplingRefused     validation_policy      the request itself is malformed
   ProviderFailed
     EngineFailed        model_provider         a step failed, or the engine has stopped
+      AnswerNotFinite   model_provider         the model answered what is no number; nothing of it was kept
   PlanMissing           telemetry_persistence  the recorded schedule lacks a step that the replay needs
 """
 
@@ -66,6 +67,13 @@ class SamplingRefused(RequestRefused):
 
 class EngineFailed(ProviderFailed):
     """A step of the model failed while this sequence was in it, or the engine stopped before its end."""
+
+
+class AnswerNotFinite(EngineFailed):
+    """The model answered logits that are no numbers; its keys and values were not put into the cache."""
+
+    def __init__(self) -> None:
+        super().__init__("the model answered logits that are no numbers", reason="logits_not_finite")
 
 
 class PlanMissing(RuntimeFailure):

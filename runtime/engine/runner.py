@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from runtime.backends.protocol import Executor, Floats
+from runtime.engine.errors import AnswerNotFinite
 from runtime.engine.inputs import CallInputs, InputBuffers, Integers, SlotTables, Writes, join_writes, place_row
 from runtime.engine.plan import Call, StepPlan
 from runtime.engine.settings import Settings, pool_slots
@@ -45,7 +46,8 @@ class CallRunner:
         """Run one call and put its keys and values into the pool.
 
         tokens_of: all known tokens of each sequence in the call.  Returns the logits of each real row's last token,
-        float32 [rows, vocabulary], and the microseconds that executor and pool took.
+        float32 [rows, vocabulary], and the microseconds that executor and pool took.  `AnswerNotFinite` where a row's
+        are no numbers; nothing of the call is kept then.
         """
         rows = len(call.sequences)
         inputs = self._buffers.take(call.batch, call.tokens, call.context, rows=rows)
@@ -58,11 +60,14 @@ class CallRunner:
             writes = self._fill_chunks(inputs, call, tokens_of)
         began = self._clock()
         output = self._executor.step(*inputs, self._pool)
+        last = (
+            output.logits[:rows, 0] if call.tokens == 1 else output.logits[np.arange(rows), np.array(call.counts) - 1]
+        )
+        # Before anything is kept: a masked key that is no number would reach whoever owns its block next.
+        if not np.isfinite(last.max(axis=1)).all():
+            raise AnswerNotFinite()
         self._pool.write(writes.slot_ids, output.new_k, output.new_v, rows=writes.rows, columns=writes.columns)
-        took = self._clock() - began
-        if call.tokens == 1:
-            return output.logits[:rows, 0], took
-        return output.logits[np.arange(rows), np.array(call.counts) - 1], took
+        return last, self._clock() - began
 
     def _fill_chunks(self, inputs: CallInputs, call: Call, tokens_of: Mapping[int, Sequence[int]]) -> Writes:
         parts: list[tuple[int, Integers]] = []

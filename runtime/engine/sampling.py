@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from runtime.engine.errors import EngineFailed, SamplingRefused
+from runtime.engine.errors import AnswerNotFinite, EngineFailed, SamplingRefused
 from runtime.engine.generation import Sampling
 
 SAMPLER_ALGORITHM = "splitmix64-inverse-cdf/1"
@@ -121,7 +121,7 @@ def choose(
     """
     peaks = logits.max(axis=1)
     if not np.isfinite(peaks).all():
-        raise EngineFailed("the model answered logits that are no numbers", reason="logits_not_finite")
+        raise AnswerNotFinite()
     work = (scratch or Scratch()).take(logits.shape)
     scores = logits if allowed is None else np.where(allowed, logits, np.float32(-np.inf))
     tokens = scores.argmax(axis=1)

@@ -1,12 +1,13 @@
-"""A call whose process died is replaced by its rows, one by one; any other failure is its rows' own."""
+"""A call that kept nothing is replaced by its rows, one by one; any other failure is its rows' own."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.backends.errors import BackendError, ExecutionFailed, HostDied, HostOutOfMemory, HostTimedOut
+from runtime.backends.errors import ExecutionFailed, HostDied, HostOutOfMemory, HostTimedOut
 from runtime.engine.containment import ContainedCalls, single_rows
+from runtime.engine.errors import AnswerNotFinite
 from runtime.engine.plan import Call, StepPlan, decode_plan
 from runtime.engine.settings import settings_for
 from tests.runtime.engine.test_loop import SCHEDULING
@@ -43,16 +44,17 @@ def test_single_rows_are_the_same_rows_in_shapes_of_their_own(call: Call) -> Non
 
 
 @given(st.lists(calls(), min_size=1, max_size=4), st.data())
-def test_only_a_lost_process_replaces_a_call_and_the_plan_says_what_ran(
+def test_only_a_call_that_kept_nothing_is_replaced_and_the_plan_says_what_ran(
     planned: list[Call], data: st.DataObject
 ) -> None:
     plan = StepPlan(step=3, calls=planned)
     contained = ContainedCalls(plan, SETTINGS)
     ran: list[Call] = []
     for call in contained:
-        error = data.draw(st.sampled_from([None, HostDied, HostTimedOut, HostOutOfMemory, ExecutionFailed]))
-        lost = error is not None and issubclass(error, BackendError) and error.LOST_INSTANCE
-        replaced = error is not None and contained.replace(error("gone"))
+        died = [HostDied("gone"), HostTimedOut("gone"), HostOutOfMemory("gone"), AnswerNotFinite()]
+        error = data.draw(st.sampled_from([None, ExecutionFailed("its own"), *died]))
+        lost = error in died
+        replaced = error is not None and contained.replace(error)
         assert replaced == (lost and len(call.sequences) > 1)
         if not replaced:
             ran.append(call)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import msgspec
+import numpy as np
 import pytest
 
 from manifests.scheduling import SchedulingManifest
@@ -15,7 +16,7 @@ from runtime.engine.errors import EngineFailed, SamplingRefused, SequenceRefused
 from runtime.engine.generation import GenerationRequest, Sampling, TokenRecord
 from runtime.engine.loop import Engine
 from tests.runtime.engine.recorded import plans_of, record, requests_with_shared_prefixes, stored_pair
-from tests.runtime.engine.toy import ListRecorder, ToyExecutor, ToyModel
+from tests.runtime.engine.toy import ListRecorder, ToyExecutor, ToyModel, ToyPool
 from traces.failures import FailureClass
 
 SCHEDULING = SchedulingManifest(max_num_seqs=4, max_num_batched_tokens=32, num_blocks=16)
@@ -93,6 +94,25 @@ def test_a_failing_call_fails_its_own_rows_only() -> None:
         assert caught.value.failure_class is FailureClass.MODEL_PROVIDER
         assert live.submit(request("after")).wait(60).finish_reason == "length"
         assert all(handle.done for handle in handles)
+
+
+def test_an_answer_that_is_no_number_costs_its_own_request_and_never_enters_the_cache() -> None:
+    """In real attention a masked key of that kind still reaches the sum: a later owner of the block would fail too."""
+    executor = ToyExecutor(spoil_on=49)
+    pools: list[ToyPool] = []
+    make = executor.new_pool
+    executor.new_pool = lambda num_slots: pools.append(make(num_slots)) or pools[-1]  # type: ignore[method-assign, func-returns-value]
+    recorder = ListRecorder()
+    with Engine(ToyModel(executor), SCHEDULING, recorder) as live:
+        spoiled = [request(f"bad {n}", prompt=(n + 1, 49, 3), max_tokens=40) for n in range(2)]
+        whole = [request(f"good {n}", prompt=(n + 1, 2, 3), max_tokens=40) for n in range(2)]
+        asked = [live.submit(one) for pair in zip(spoiled, whole, strict=True) for one in pair]
+        for handle in asked[::2]:
+            with pytest.raises(EngineFailed, match="no numbers"):
+                handle.wait(60)
+        assert [handle.wait(60).finish_reason for handle in asked[1::2]] == ["length", "length"]
+        assert live.submit(request("after", max_tokens=90)).wait(60).finish_reason == "length"
+    assert all(np.isfinite(pool.table).all() for pool in pools)
 
 
 def test_cancelling_frees_the_blocks_and_names_who_asked() -> None:

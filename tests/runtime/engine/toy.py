@@ -40,6 +40,8 @@ class ToyExecutor:
     max_positions: int = 256
     fail_on: int | None = None
     """Raise whenever this token is fed."""
+    spoil_on: int | None = None
+    """Answer what is no number, keys included, in every row that is fed this token, and from there on."""
 
     backend = "toy"
     precision = "float32"
@@ -82,6 +84,9 @@ class ToyExecutor:
         past: NDArray[np.float32] = (pool.table[slots] * seen[..., None]).sum(axis=1)
         keys = np.sin(self.embedding[tokens] + positions[..., None].astype(np.float32) * np.float32(0.1)) * scale
         state = np.cumsum(keys, axis=1, dtype=np.float32) + past[:, None]
+        if self.spoil_on is not None:
+            keys[np.cumsum(tokens == self.spoil_on, axis=1) > 0] = np.nan
+            state = np.cumsum(keys, axis=1, dtype=np.float32) + past[:, None]
         new = (keys + np.float32(0.01) * np.tanh(state)).astype(np.float32)
         logits = (np.tanh(state * scale) @ self.head).astype(np.float32)
         return StepOutput(logits, new[None], new[None])
