@@ -2,7 +2,7 @@
 
 A call whose hosting process died, or that answered what is no number, has written nothing: keys and values are put away
 after it.  Which of its rows was to blame is not known, so each runs again as a call of its own.  Those calls stand in
-the recorded plan in place of the lost one: the plan says what really computed each row, so a replay gives the same bits.
+the recorded plan in place of the lost one: the plan says what really computed each row, so a replay has the same bits.
 """
 
 from __future__ import annotations
