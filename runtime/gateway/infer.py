@@ -64,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print(json.dumps({"error": error.to_payload(), "exit_code": 3 if failed else 2}, indent=2))
         else:
-            print(f"{'failed' if failed else 'refused'} [{error.failure_class.value}]: {error}", file=sys.stderr)
+            said = f"{'failed' if failed else 'refused'} [{error.failure_class.value}]: {error.message}"
+            print(said if error.fix is None else f"{said}\n  fix: {error.fix}", file=sys.stderr)
         return 3 if failed else 2
     answers: list[dict[str, Any]] = document["answers"]
     if arguments.json:
@@ -82,6 +83,7 @@ def _infer(arguments: argparse.Namespace) -> dict[str, Any]:
     from runtime.prepare.load import load_one_shot
     from runtime.prepare.store import PackageStore
     from runtime.probe import probe
+    from traces.failures import ClassifiedError
     from traces.ledger.layout import default_ledger
     from traces.recorder import Recorder
 
@@ -104,6 +106,10 @@ def _infer(arguments: argparse.Namespace) -> dict[str, Any]:
         try:
             futures = [engine.submit(one, request_ref=f"req_{uuid7().hex}") for one in requests]
             results = [future.result() for future in futures]
+        except ClassifiedError as error:
+            failure = {"failure_class": error.failure_class, "error_type": error.error_type}
+            recorder.commit("run.completed", payload=error.to_payload(), track="B", status="error", **failure)
+            raise
         finally:
             engine.close()
         good = all(result.status == "ok" for result in results)

@@ -68,6 +68,8 @@ def kind_of(path: Path) -> tuple[ModelKind, Path]:
             fix="give a checkpoint folder, an .onnx file or a .pt2 that torch.export.save wrote",
             evidence={"operator_details": path.suffix},
         )
+    if not path.exists():
+        raise ModelRefused(f"there is no {path}", fix="check the path", evidence={"operator_details": path.name})
     return ModelKind.CHECKPOINT, path
 
 

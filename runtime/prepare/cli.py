@@ -229,5 +229,6 @@ def report_failure(error: ClassifiedError, *, as_json: bool) -> int:
         print(json.dumps({"error": error.to_payload(), "stage": error.stage, "exit_code": code}, indent=2))
         return code
     where = f" at stage {error.stage}" if error.stage else ""
-    print(f"{'refused' if code == 2 else 'failed'}{where} [{error.failure_class.value}]: {error}", file=sys.stderr)
+    said = f"{'refused' if code == 2 else 'failed'}{where} [{error.failure_class.value}]: {error.message}"
+    print(said if error.fix is None else f"{said}\n  fix: {error.fix}", file=sys.stderr)
     return code

@@ -122,7 +122,7 @@ def _warm(record: Mapping[str, Any]) -> str:
     what = "decode" if any(name.startswith("decode") for name in record["steady_state_us"]) else "call"
     steady = ", ".join(f"b{batch} {us / 1000:.2f}" for batch, us in measured)
     varies = [name for name, found in record["readiness_decision"]["invariance"].items() if found == "differs"]
-    axes = ", ".join(name for name in varies if name != "control") or "nothing tried"
+    axes = ", ".join(name for name in varies if name != "control") or "nothing that was tried"
     return f"{what} ms: {steady}; {_validation(record, 'output_comparison')}; bits vary with {axes}"
 
 
@@ -136,7 +136,7 @@ _SUMMARIES: Mapping[Stage, Callable[[Mapping[str, Any]], str]] = {
         f"{record['parameter_count']:,} parameters; valid"
     ),
     Stage.ANALYZE: lambda record: (
-        f"{_known(record['guard_count'], str)} guards; " + _symbols(record["shape_profile"]["symbols"])
+        f"guards: {_known(record['guard_count'])}; " + _symbols(record["shape_profile"]["symbols"])
     ),
     Stage.OPTIMIZE: _optimize,
     Stage.PARTITION: _partition,

@@ -38,3 +38,9 @@ def test_requests_are_answered_together_and_recorded(tmp_path: Path, capsys: pyt
     (tmp_path / "bad.json").write_text('{"inputs": 3}')
     assert replaylab.main(["infer", "vectors", str(tmp_path / "bad.json"), "--ledger", str(ledger)]) == 2
     assert "KServe v2" in capsys.readouterr().err
+    (tmp_path / "wide.json").write_text(json.dumps({"inputs": [entry | {"shape": [1, 8], "data": [0.25] * 8}]}))
+    assert replaylab.main(["infer", "vectors", str(tmp_path / "wide.json"), "--ledger", str(ledger)]) == 2
+    assert "shape_guard" in capsys.readouterr().err
+    found.drain()
+    ends = [event for event in found.events(event_type="run.completed") if event.failure_class is not None]
+    assert [(end.status, str(end.failure_class)) for end in ends] == [("error", "shape_guard")]

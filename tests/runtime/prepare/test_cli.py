@@ -55,7 +55,7 @@ def test_a_refusal_is_one_error_with_class_and_fix(
     assert replaylab.main([*words, "--ledger", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "artifact_compatibility" in error
-    assert "Fix:" in error
+    assert "fix:" in error
     assert "Traceback" not in error
     assert replaylab.main([*words, "--ledger", str(tmp_path), "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["error"]["failure_class"] == "artifact_compatibility"
