@@ -32,7 +32,7 @@ def prepare_recorded(
 
     Args:
         model: a checkpoint folder.
-        backend: eager, onnxruntime or inductor.
+        backend: one of `runtime.backends.registry.BACKENDS`.
         options: precision, flags, bounds, threads.
         ledger: takes the recording, and the package into its store.
         name: an alias, set once the package is ready.
@@ -61,11 +61,7 @@ def prepare_recorded(
                 on_start=on_start,
                 on_finish=on_finish,
             )
-            before = store.aliases().get(name) if name is not None else None
-            if name is not None:
-                store.set_alias(name, prepared.digest)
-            decided = {"decision": "ready", "name": name, "package": prepared.digest, "before": before}
-            recorder.commit("readiness.decided", payload=decided, track="A", stage=Stage.WARM.value, status="ok")
+            _make_ready(recorder, store, name, prepared)
         except BaseException as error:
             failed = error if isinstance(error, ClassifiedError) else None
             if failed is not None:
@@ -87,6 +83,15 @@ def prepare_recorded(
             result_ref=recorder.put_blob(prepared.preparation.canonical()),
         )
     return prepared
+
+
+def _make_ready(recorder: Recorder, store: PackageStore, name: str | None, prepared: PreparedPackage) -> None:
+    """Point the name at the package, and record which package it had before."""
+    before = store.aliases().get(name) if name is not None else None
+    if name is not None:
+        store.set_alias(name, prepared.digest)
+    decided = {"decision": "ready", "name": name, "package": prepared.digest, "before": before}
+    recorder.commit("readiness.decided", payload=decided, track="A", stage=Stage.WARM.value, status="ok")
 
 
 def _refuse(recorder: Recorder, store: PackageStore, name: str | None, error: ClassifiedError) -> None:

@@ -174,6 +174,20 @@ OWN: Mapping[str, Mapping[str, Plant]] = {
         ),
         "a06": Plant("narrower vectors", ("compiler.flags.simdlen=256",)),
     },
+    "executorch": {
+        "a04": Plant("one method for every call", ("compiler.flags.methods=single",)),
+        "a05": Plant(
+            "additions stay with the portable kernels",
+            patch=in_the_compiler(
+                "import sys\n"
+                "if any('executorch_compile' in word for word in sys.orig_argv):\n"
+                "    from executorch.backends.xnnpack.partition import config\n"
+                "    known = config.ALL_PARTITIONER_CONFIGS\n"
+                "    known[:] = [one for one in known if not one.target_name.startswith('add.')]\n"
+            ),
+        ),
+        "a06": Plant("another memory plan", ("compiler.flags.memory_plan=naive",)),
+    },
     "xla": {
         "a04": Plant("no fusion", ("compiler.flags.disabled_passes=fusion",)),
         "a06": Plant("a lower level of code generation", ("compiler.optimization_level=o1",)),
