@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,6 +131,15 @@ def read_all(client: socket.socket) -> tuple[int, dict[str, Any]]:
     return data.count(b"event: token"), json.loads(lines[-1].removeprefix("data: "))
 
 
+def wait_for(happened: Callable[[], bool]) -> None:
+    """Wait for something that the ledger will show."""
+    for _ in range(1_000):
+        if happened():
+            return
+        time.sleep(0.02)
+    pytest.fail("it did not happen in time")
+
+
 def test_a_client_that_stops_reading_holds_up_only_its_own_request(served: Served) -> None:
     stalled = served.open(TOKENS)
     assert stalled.recv(64)
@@ -174,16 +183,12 @@ def test_a_stalled_client_that_leaves_frees_its_blocks(served: Served) -> None:
     indirect=True,
 )
 def test_a_full_queue_answers_503_and_when_to_come_back(served: Served) -> None:
-    served.executor.pause_s = 0.002
+    served.executor.pause_s = 0.01
     running = served.open(600)
     assert running.recv(64)
+    wait_for(lambda: bool(served.events("engine.step")))  # until its first step it stands in the queue itself
     waiting = served.open(5)
-    for _ in range(1_000):
-        if any(event.payload.get("index") == 1 for event in served.events("engine.sequence")):
-            break
-        time.sleep(0.02)
-    else:
-        pytest.fail(f"the second request never reached the engine: {served.events('request.terminal')}")
+    wait_for(lambda: any(event.payload.get("index") == 1 for event in served.events("engine.sequence")))
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(
             urllib.request.Request(
