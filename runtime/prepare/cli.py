@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", type=Path, nargs="?", help="checkpoint folder, .pt2 program or .onnx file"
     )
     parser.add_argument(
-        "--backend", default="onnxruntime", help="eager, onnxruntime, inductor or xla (default: %(default)s)"
+        "--backend",
+        default="onnxruntime",
+        help="eager, onnxruntime, inductor, executorch, iree or xla (default: %(default)s)",
     )
     parser.add_argument("--precision", default="float32", help="float32, bfloat16 or int8 (default: %(default)s)")
     parser.add_argument("--norm", default="fused", help="fused or unfused RMS norm (default: %(default)s)")
@@ -69,7 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--buckets", metavar="PLAN", help="fixed shapes: decode=1,8;tokens=32;context=128, or default")
     parser.add_argument("--provider", action="append", default=[], metavar="NAME", help="execution provider, in order")
-    parser.add_argument("--threads", type=int, default=1, help="compute threads, a pin (default: %(default)s)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        choices=range(1, 65),
+        metavar="1..64",
+        default=1,
+        help="compute threads, a pin (default: %(default)s)",
+    )
     parser.add_argument("--max-batch", type=int, default=64, help="bound of rows (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=512, help="bound of new tokens a row (default: %(default)s)")
     parser.add_argument("--max-context", type=int, default=1024, help="bound of cached tokens (default: %(default)s)")

@@ -120,3 +120,11 @@ def test_a_pass_that_no_level_runs_is_refused_with_those_that_run(
     ran = {entry["name"] for entry in made["stages"][3]["record"]["pass_list"]}
     assert not {"QuickGeluFusion", "MatMulScaleFusion"} & ran
     assert made["compiler"]["flags"]["session.memory_pattern"] == "1"
+
+
+@pytest.mark.parametrize("threads", ["0", "4000"])
+def test_a_number_of_threads_that_no_machine_has_is_refused(threads: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        replaylab.main(["prepare", "model", "--threads", threads])
+    assert caught.value.code == 2
+    assert "--threads" in capsys.readouterr().err
