@@ -177,7 +177,7 @@ class PackageStore:
 
     def set_alias(self, name: str, package_digest: str) -> None:
         """Point a name at a package that verifies and is ready; the old package stays."""
-        if is_digest(name) or not name.isascii() or not name or any(c.isspace() or c == "/" for c in name):
+        if is_digest(name) or not name.isascii() or not name or any(c.isspace() or c in "/:" for c in name):
             raise PackageUnknown(f"{name!r} cannot be a package name", fix="use a word of ASCII letters and digits")
         self.read_manifest(package_digest)
         self.require_usable(package_digest)
