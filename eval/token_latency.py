@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 
 @dataclass(frozen=True)
 class TokenLatency:
-    """How one generation's tokens arrived, in microseconds from its scheduled arrival."""
+    """How a request's tokens arrived, in microseconds from its scheduled arrival."""
 
     first_us: int
     """TTFT: from scheduled arrival to the first token, so a late client cannot hide queueing (LoadGen)."""
     end_us: int
     """End to end: to the last token."""
     gaps_us: tuple[int, ...]
-    """ITL: between neighbouring tokens."""
+    """ITL: between neighbouring tokens of one generation."""
     lag_us: int | None = None
     """From scheduled arrival until the client really sent it; None where that was not noted."""
 
@@ -27,7 +27,7 @@ class TokenLatency:
 
     @property
     def per_token_us(self) -> float | None:
-        """TPOT: (last - first) / (tokens - 1); None for a single token, which has no rate (vLLM, LoadGen)."""
+        """TPOT: (last - first) / (tokens - 1); None for single tokens, which have no rate (vLLM, LoadGen)."""
         return sum(self.gaps_us) / len(self.gaps_us) if self.gaps_us else None
 
 
@@ -47,6 +47,30 @@ def token_latency(scheduled_us: int, emitted_us: Sequence[int], *, sent_us: int 
     gaps = tuple(later - earlier for earlier, later in pairwise(emitted_us))
     lag = None if sent_us is None else sent_us - scheduled_us
     return TokenLatency(emitted_us[0] - scheduled_us, emitted_us[-1] - scheduled_us, gaps, lag)
+
+
+def streamed_latency(
+    scheduled_us: int, generations: Sequence[Sequence[tuple[int, int]]], *, sent_us: int | None = None
+) -> TokenLatency | None:
+    """Measure a request from the chunks of its generations; None where there were none.
+
+    The wait between two generations (a tool, the next prefill) counts to the end, but is no gap between tokens.
+
+    Args:
+        scheduled_us: when it was to arrive.
+        generations: one after another, for each chunk when it came and how many tokens it carried.
+        sent_us: when the client sent it.
+
+    Raises:
+        ValueError: a chunk without tokens, or times that run backwards.
+    """
+    if any(count < 1 for chunks in generations for _, count in chunks):
+        raise ValueError("a chunk without tokens says nothing about tokens")
+    times = [[at for at, count in chunks for _ in range(count)] for chunks in generations]
+    whole = token_latency(scheduled_us, [at for one in times for at in one], sent_us=sent_us)
+    if whole is None:
+        return None
+    return replace(whole, gaps_us=tuple(later - earlier for one in times for earlier, later in pairwise(one)))
 
 
 def chunk_gaps(chunks: Sequence[tuple[int, int]]) -> tuple[float, ...]:

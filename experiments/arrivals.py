@@ -79,9 +79,8 @@ async def play(
         if isinstance(item, ActivatePackage):
             await activate(item)
             continue
-        lag = max(0, time.now_us() - due)
         on_sent()
-        under_way.append(asyncio.create_task(_one(item, lag, submit, on_done)))
+        under_way.append(asyncio.create_task(_one(item, due, time, submit, on_done)))
     await _finish(under_way, stopped)
     return [task.result() for task in under_way]
 
@@ -116,11 +115,13 @@ async def _finish(under_way: list[asyncio.Task[Sent[Answer]]], stopped: asyncio.
 
 async def _one(
     request: WorkloadRequest,
-    lag_us: int,
+    due_us: int,
+    time: Clock,
     submit: Callable[[WorkloadRequest], Awaitable[Answer]],
     on_done: Callable[[Sent[Answer]], None],
 ) -> Sent[Answer]:
     """Send one request; its failure is an outcome of the run, not the end of it."""
+    lag_us = max(0, time.now_us() - due_us)  # here, not where the task was made: a busy loop begins it later
     try:
         sent = Sent(request=request, lag_us=lag_us, answer=await submit(request))
     except asyncio.CancelledError:

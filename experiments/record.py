@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiments.workloads import FORMATS, Workload
 
 if TYPE_CHECKING:
+    from eval.token_latency import Objective
     from experiments.arrivals import Sent
-    from experiments.recording import Answered, Recording
+    from experiments.recording import Answered
     from runtime.prepare.store import PackageStore
     from runtime.serve.deployment import Deployment
 
@@ -23,9 +24,13 @@ example:
   replaylab record workload.jsonl --package float32 --package fast=bfloat16
   replaylab record AzureLLMInferenceTrace_code.csv --limit 200 --speed 20
   replaylab record workload.jsonl --scheduling policy=fair --scheduling max_num_queued_reqs=64
+  replaylab record support-desk --slo-ttft-ms 500 --slo-tpot-ms 30      goodput: requests a second that kept both
 
 A workload is JSON Lines ({"at_us", "tenant", "question", "generation"}, or {"at_us", "control": "activate", "route",
 "package"}), an Azure LLM inference trace, or a Mooncake trace; the latter two are scaled to the model.
+Times count from the scheduled arrival, so that a late client hides no queue; how late it sent is the send lag.
+TPOT is (last - first token) / (tokens - 1) of a generation, ITL a gap between two chunks divided by the tokens that
+ended it. A wait for a tool counts to the end of a request, and is no gap between tokens.
 exit codes: 0 recorded (whatever became of single requests), 2 refused or bad input, 3 failed
 """
 
@@ -52,6 +57,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt-tokens", type=_count, default=None, metavar="N", help="longest prompt of a trace")
     parser.add_argument("--output-tokens", type=_count, default=None, metavar="N", help="longest output of a trace")
+    for name, what in {
+        "ttft": "from its scheduled arrival to its first token",
+        "tpot": "a token after the first, on average",
+        "e2e": "from its scheduled arrival to its last token",
+    }.items():
+        parser.add_argument(
+            f"--slo-{name}-ms",
+            type=_milliseconds,
+            default=None,
+            metavar="MS",
+            help=f"goodput: a good request takes at most MS {what}",
+        )
     parser.add_argument("--threads", type=_count, default=1, metavar="N", help="compute threads (default 1)")
     parser.add_argument("--ledger", type=Path, default=None, metavar="PATH", help="default: REPLAYLAB_LEDGER, ./ledger")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON on standard output")
@@ -74,6 +91,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from experiments.recording import check_controls, record_workload
     from experiments.summary import summarize
+    from experiments.summary_table import print_summary
     from runtime.prepare.store import PackageStore
     from traces.ledger.layout import default_ledger
     from traces.ledger.ledger import Ledger
@@ -100,11 +118,11 @@ def _run(arguments: argparse.Namespace) -> int:
     ledger = Ledger(path)
     ledger.drain()
     events = ledger.events(run_id=recording.run_id, event_type=["engine.sequence", "engine.step"])
-    summary = summarize(recording, events)
+    summary = summarize(recording, events, objective=_objective(arguments))
     if arguments.json:
         print(json.dumps(summary | {"notes": list(workload.notes)}, indent=2))
     else:
-        _print(summary, workload, recording)
+        print_summary(summary, workload)
     return 0
 
 
@@ -218,49 +236,13 @@ class _Progress:
         self._bar.update(self._task, state=f"{self._under_way} under way{failed}")
 
 
-def _print(summary: dict[str, Any], workload: Workload, recording: Recording) -> None:
-    """Print the summary and what to do next."""
-    from rich.console import Console
-    from rich.table import Table
+def _objective(arguments: argparse.Namespace) -> Objective | None:
+    """Return what a good request keeps; None where nothing was asked."""
+    from eval.token_latency import Objective
 
-    def milliseconds(us: int | None) -> str:
-        return "-" if us is None else f"{us / 1000:.1f} ms"
-
-    def pair(name: str) -> str:
-        return f"{milliseconds(summary[name]['p50'])} / {milliseconds(summary[name]['p95'])}"
-
-    failures = ", ".join(f"{count} {name}" for name, count in summary["failures"].items())
-    table = Table(box=None, show_header=False, pad_edge=False)
-    rows = {
-        "requests": f"{summary['requests']}, {summary['ok']} ok" + (f", {failures}" if failures else ""),
-        "wall time": f"{summary['wall_us'] / 1e6:.2f} s" + (" (stopped early)" if recording.stopped else ""),
-        "first token p50 / p95": pair("first_token_us"),
-        "per output token p50 / p95": pair("per_output_token_us"),
-        "send lag p50 / p95": pair("send_lag_us"),
-        "tokens": f"{summary['prompt_tokens']} in ({summary['cached_tokens']} cached), {summary['output_tokens']} out",
-        "engine": f"{summary['generations']} generations, {summary['engine_steps']} steps, "
-        f"largest batch {summary['largest_batch']}",
-        "time in the engine": _shares(summary["engine_time_us"]),
-        "events dropped": str(summary["events_dropped"]),
-    }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console = Console(highlight=False)
-    console.print(table)
-    for note in workload.notes:
-        console.print(f"note: {note}")
-    console.print(
-        f"\nrun {summary['run']}\n  replay list {summary['run']}\n  replay run {summary['run']}", soft_wrap=True
-    )
-
-
-def _shares(parts: dict[str, int] | None) -> str:
-    """Say who had the generations' time in the engine, greatest first."""
-    total = 0 if parts is None else sum(parts.values())
-    if parts is None or not total:
-        return "-"
-    ordered = sorted(parts.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {us * 100 / total:.0f}%" for name, us in ordered if us)
+    limits = (arguments.slo_ttft_ms, arguments.slo_tpot_ms, arguments.slo_e2e_ms)
+    first, rate, end = (None if limit is None else round(limit * 1_000) for limit in limits)
+    return None if first is rate is end is None else Objective(first, rate, end)
 
 
 def _count(text: str) -> int:
@@ -276,4 +258,15 @@ def _speed(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"{text} is not a positive factor")
+    return value
+
+
+def _milliseconds(text: str) -> float:
+    """Read a time above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is no time; give milliseconds above 0")
     return value

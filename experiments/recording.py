@@ -24,10 +24,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """One request's outcome and when its first token came, in microseconds after its arrival time."""
+    """One request's outcome and how its tokens came.
+
+    generations  the chunks of each generation, one after another (an answer after a tool call is a new one): when the
+                 chunk came, in microseconds after the request was sent, and how many tokens it carried
+    """
 
     outcome: Outcome
-    first_token_us: int | None
+    generations: tuple[tuple[tuple[int, int], ...], ...]
+
+    @property
+    def first_token_us(self) -> int | None:
+        """When the first token came, in microseconds after the request was sent; None without a token."""
+        return self.generations[0][0][0] if self.generations else None
 
 
 @dataclass(kw_only=True)
@@ -117,17 +126,40 @@ def envelope_of(request: WorkloadRequest) -> dict[str, Any]:
 async def _submit(session: ServingSession, request: WorkloadRequest, keys: Mapping[str, str]) -> Answered:
     import json
 
-    loop = asyncio.get_running_loop()
-    begun = loop.time()
-    first: list[float] = []
-
-    def note(_: TokenRecord) -> None:
-        if not first:
-            first.append(loop.time())
-
     body = json.dumps(envelope_of(request)).encode()
-    outcome = await session.run(body, keys.get(request.tenant), on_token=note)
-    return Answered(outcome=outcome, first_token_us=int((first[0] - begun) * 1_000_000) if first else None)
+    chunks = _Chunks()
+    outcome = await session.run(body, keys.get(request.tenant), on_token=chunks.add)
+    return Answered(outcome=outcome, generations=chunks.seen())
+
+
+class _Chunks:
+    """Notes when tokens come: those of one wake-up of the event loop are one chunk, as a stream would send them."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._begun = self._loop.time()
+        self._generations: list[list[list[int]]] = []
+        self._next_position: int | None = None
+        self._open = False
+
+    def add(self, record: TokenRecord) -> None:
+        """Note a token; one that does not continue the last one's sequence begins another generation."""
+        if record.position != self._next_position:
+            self._generations.append([])
+            self._open = False
+        self._next_position = record.position + 1
+        if not self._open:
+            self._generations[-1].append([int((self._loop.time() - self._begun) * 1_000_000), 0])
+            self._open = True
+            self._loop.call_soon(self._close)
+        self._generations[-1][-1][1] += 1
+
+    def _close(self) -> None:
+        self._open = False
+
+    def seen(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Return when each chunk came and how many tokens it carried, by generation."""
+        return tuple(tuple((at, count) for at, count in chunks) for chunks in self._generations)
 
 
 async def _activate(session: ServingSession, control: ActivatePackage, store: PackageStore) -> None:

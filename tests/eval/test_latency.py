@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from eval.latency import UNCOVERED, compare_stages, decompose
 from eval.records import SpanRecord
-from eval.token_latency import Objective, TokenLatency, attainment, chunk_gaps, goodput, token_latency
+from eval.token_latency import (
+    Objective,
+    TokenLatency,
+    attainment,
+    chunk_gaps,
+    goodput,
+    streamed_latency,
+    token_latency,
+)
 from tests.strategies import span_sets
 
 SPECIFICATION = (
@@ -172,3 +180,18 @@ def test_chunks_of_several_tokens_have_a_gap_a_token() -> None:
     assert chunk_gaps([(100, 3)]) == chunk_gaps([]) == ()
     with pytest.raises(ValueError, match="without tokens"):
         chunk_gaps([(1, 1), (2, 0)])
+
+
+def test_the_wait_between_two_generations_is_no_gap_between_tokens() -> None:
+    found = streamed_latency(0, [[(100, 1), (110, 2)], [(500, 1), (520, 1)]], sent_us=40)
+    assert found == TokenLatency(100, 520, (10, 0, 20), 40)
+    assert found.per_token_us == 10.0
+    assert streamed_latency(0, []) is streamed_latency(0, [[]]) is None
+    with pytest.raises(ValueError, match="without tokens"):
+        streamed_latency(0, [[(100, 0)]])
+
+
+@given(st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 3)), min_size=1, max_size=8).map(sorted))
+def test_one_generation_streamed_is_the_latency_of_its_tokens(chunks: list[tuple[int, int]]) -> None:
+    tokens = [at for at, count in chunks for _ in range(count)]
+    assert streamed_latency(0, [chunks]) == token_latency(0, tokens)

@@ -81,3 +81,19 @@ def test_a_stopped_run_sends_nothing_more_and_cancels_what_is_under_way() -> Non
 
     sent = asyncio.run(asyncio.wait_for(trial(), 10))
     assert [(one.request.at_us, one.answer, one.error) for one in sent] == [(0, None, None), (1, None, None)]
+
+
+def test_lag_counts_until_the_request_really_goes_out() -> None:
+    still = StillClock()
+
+    async def submit(request: WorkloadRequest) -> int:
+        now = still.now
+        still.now += 7  # sending keeps the loop busy, so whoever is due now goes out late
+        return now
+
+    async def activate(control: ActivatePackage) -> None:
+        raise AssertionError("no control here")
+
+    load = Workload(name="w", items=tuple(_request(0) for _ in range(3)))
+    sent = asyncio.run(play(load, submit=submit, activate=activate, clock=still.clock()))
+    assert [one.lag_us for one in sent] == [one.answer for one in sent] == [0, 7, 14]

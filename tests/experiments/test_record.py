@@ -7,11 +7,13 @@ import json
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import pytest
 
-from experiments.recording import Recording, envelope_of, record_workload
+from eval.token_latency import Objective
+from experiments.arrivals import Sent
+from experiments.recording import Answered, Recording, envelope_of, record_workload
 from experiments.summary import quantiles, summarize
 from experiments.support_desk import support_desk_workload
 from experiments.workloads import ActivatePackage, WorkloadRequest, write_jsonl
@@ -20,8 +22,8 @@ from runtime.models.reference import task
 from runtime.prepare.store import PackageStore
 from runtime.serve.deployment import create_support_desk
 from runtime.serve.envelope import parse_envelope
+from runtime.serve.services import Outcome
 from tests.replay.recorded import prepare_packages
-from traces.envelope import TraceEvent
 from traces.ledger.ledger import Ledger
 
 
@@ -143,19 +145,73 @@ def test_every_line_of_a_workload_is_a_valid_envelope() -> None:
 
 def test_a_summary_of_nothing_has_no_silent_zeros() -> None:
     summary = summarize(Recording(run_id="run_1"), [])
-    assert summary["first_token_us"] == {"p50": None, "p95": None}
+    assert summary["first_token_us"] == {"p50": None, "p95": None, "p99": None}
+    objective = Objective(first_us=1)
+    assert summarize(Recording(run_id="run_1"), [], objective=objective)["goodput"]["requests_per_second"] is None
     assert summary["largest_batch"] is None
     assert summary["engine_time_us"] is None
 
 
-def test_times_per_token_leave_the_first_token_out() -> None:
-    def end(decode_us: int, tokens: int) -> TraceEvent:
-        payload = {"phase": "finished", "decode_us": decode_us}
-        return TraceEvent(
-            event_type="engine.sequence", run_id="r", component="c", ts_us=0, mono_us=0, output_tokens=tokens,
-            payload=payload,
-        )  # fmt: skip
+def _sent(
+    *generations: list[tuple[int, int]], lag_us: int = 0, status: Literal["ok", "failed"] = "ok"
+) -> Sent[Answered]:
+    request = WorkloadRequest(at_us=0, tenant="a", question="q")
+    outcome = Outcome(status=status, response={}, failure=None, documents=(), pins=None)
+    return Sent(
+        request=request,
+        lag_us=lag_us,
+        answer=Answered(outcome=outcome, generations=tuple(tuple(one) for one in generations)),
+    )
 
-    summary = summarize(Recording(run_id="r"), [end(900, 10), end(50, 1), end(300, 4)])
-    assert summary["per_output_token_us"] == {"p50": 100, "p95": 100}
-    assert quantiles([5, 1, 9, 7]) == {"p50": 5, "p95": 9}
+
+def test_a_summary_follows_the_definitions_of_serving_benchmarks() -> None:
+    slow = _sent([(900, 1), (1_000, 2)], [(5_000, 1), (5_060, 1)], lag_us=100)
+    recording = Recording(run_id="r", sent=[slow, _sent([(50, 1)])], wall_us=2_000_000)
+    summary = summarize(recording, [])
+    at = [summary[name]["p99"] for name in ("first_token_us", "first_token_from_send_us", "end_to_end_us")]
+    assert at == [1_000, 900, 5_160]  # TTFT and the end count from the scheduled arrival
+    assert summary["per_output_token_us"] == {"p50": 50, "p95": 60, "p99": 60}  # one token has no rate
+    assert summary["inter_token_us"]["p99"] == 60 and summary["chunk_gap_us"]["p99"] == 100
+    assert summary["send_lag_us"] == {"p50": 0, "p95": 100, "p99": 100}
+    assert summary["goodput"] is None
+    assert quantiles([5, 1, 9, 7]) == {"p50": 5, "p95": 9, "p99": 9}
+
+
+@pytest.mark.parametrize(
+    ("objective", "good"),
+    [(Objective(first_us=50), 1), (Objective(first_us=1_000), 2), (Objective(first_us=1_000, per_token_us=52.0), 1)],
+)
+def test_goodput_counts_what_kept_the_objective_among_all_sent(objective: Objective, good: int) -> None:
+    late = _sent([(900, 1), (1_000, 2)], [(5_000, 1), (5_060, 1)], lag_us=100)
+    sent = [late, _sent([(50, 1)]), _sent([(50, 1)], status="failed")]
+    summary = summarize(Recording(run_id="r", sent=sent, wall_us=500_000), [], objective=objective)
+    assert summary["goodput"]["requests_per_second"] == good * 2.0
+    assert (summary["goodput"]["good"], summary["goodput"]["sent"]) == (good, 3)
+
+
+def test_the_times_and_goodput_of_a_run_are_printed(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "load.jsonl"
+    ask = WorkloadRequest(at_us=0, tenant=task.TENANTS[0], prompt_tokens=(70, 71, 72), generation={"max_tokens": 4})
+    write_jsonl(path, [ask] * 3)
+    words = [str(path), "--package", "plain", "--ledger", str(prepared)]
+    assert main(["record", *words, "--slo-ttft-ms", "60000", "--slo-tpot-ms", "60000"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for name in ("first token (TTFT)", "per output token (TPOT)", "between tokens (ITL)", "between chunks", "send lag"):
+        assert name in said
+    assert "3 of 3 requests kept TTFT <= 60000 ms, TPOT <= 60000 ms" in said
+    assert main(["record", *words]) == 0
+    assert "--slo-ttft-ms" in capsys.readouterr().out
+    code, summary = _record(prepared, [*words[:3], "--slo-ttft-ms", "0.001"], capsys)
+    assert (code, cast("dict[str, object]", summary["goodput"])["good"]) == (0, 0)
+    gaps = cast("dict[str, int]", summary["chunk_gap_us"])
+    assert 0 < gaps["p50"] <= gaps["p95"] <= gaps["p99"]
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "soon"])
+def test_an_objective_that_is_no_time_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["record", "support-desk", "--slo-ttft-ms", text])
+    assert ended.value.code == 2
+    assert "milliseconds above 0" in capsys.readouterr().err
