@@ -74,11 +74,12 @@ class Report:
     """One line from a worker.
 
     kind   loading (a package), begun (a request), verdict (on a request), failed (the whole job), done;
-           of a search also progress and found
-    body   loading: package; begun: request, repeat; verdict: request, repeat, verdict; failed: message, fix, ...
+           of a search also progress and found; of who starts workers, apart (none could run all together)
+    body   loading: package; begun: request, repeat; verdict: request, repeat, verdict; failed: message, fix, ...;
+           apart: exit_code, last_words
     """
 
-    kind: Literal["loading", "begun", "verdict", "progress", "found", "failed", "done"]
+    kind: Literal["loading", "begun", "verdict", "progress", "found", "failed", "done", "apart"]
     body: Mapping[str, Any]
 
     def encode(self) -> str:

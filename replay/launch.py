@@ -28,8 +28,9 @@ def run_job(
     """Run a job and yield (request, repeat, verdict) as each becomes known.
 
     A worker that dies costs the one request that it was running, which is reported as unverified with the
-    model-provider class; another worker goes on with the rest.  ReplayFailed when a worker dies or fails outside
-    any request: the rest would fail alike.
+    model-provider class; another worker goes on with the rest.  One that computes all requests together costs none
+    by its death: an `apart` report says so, and what is left is replayed one by one.  ReplayFailed when a worker dies
+    or fails outside any request otherwise: the rest would fail alike.
     """
     left = [(request, turn) for turn in range(job.repeat) for request in job.requests]
     while left:
@@ -50,7 +51,10 @@ def run_job(
                 elif report.kind == "failed":
                     raise_failed(report.body)
             code, last_words = ended()
-        if begun is not None:
+        if job.together and code:
+            job = replace(job, together=False)
+            on_report(Report(kind="apart", body={"exit_code": code, "last_words": last_words}))
+        elif begun is not None:
             left.remove((begun, turn))
             yield begun, turn, _worker_died(job, begun, code, last_words)
         elif any(its_turn == turn for _, its_turn in left):
@@ -130,7 +134,6 @@ def raise_failed(body: Mapping[str, Any]) -> NoReturn:
 
 def _worker_died(job: Job, request: str, code: int, last_words: str) -> ReplayVerdict:
     """Return the verdict on a request whose worker died: nothing is known about it."""
-    how = f"signal {-code}" if code < 0 else f"exit code {code}"
     return ReplayVerdict(
         verdict=Verdict.UNVERIFIED,
         original={"run": job.run_id, "request": request},
@@ -142,8 +145,13 @@ def _worker_died(job: Job, request: str, code: int, last_words: str) -> ReplayVe
             "exit_code": code,
             "last_words": last_words,
         },
-        detail=f"the worker process died ({how}) while it ran this request",
+        detail=f"the worker process died ({how_it_ended(code)}) while it ran this request",
     )
+
+
+def how_it_ended(code: int) -> str:
+    """Say what a process's exit code means."""
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def died(verdict: ReplayVerdict) -> bool:

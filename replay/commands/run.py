@@ -12,7 +12,7 @@ from replay.catalog import Target, resolve, short
 from replay.commands import screen
 from replay.errors import PinRefused, ReplayRefused
 from replay.jobs import MODES, Report
-from replay.launch import died
+from replay.launch import died, how_it_ended
 from replay.verdict import EXIT_FAILED, ReplayVerdict, Verdict, exit_code, tally
 
 if TYPE_CHECKING:
@@ -95,10 +95,10 @@ def run(arguments: argparse.Namespace) -> int:
         for reference in wanted:
             check_values(recorded.requests[reference].pins, substitutions)
         group_requests([recorded.requests[reference] for reference in wanted], substitutions)
-        done = _replay(arguments, ledger, target, total=len(wanted) * arguments.repeat)
+        done, notes = _replay(arguments, ledger, target, total=len(wanted) * arguments.repeat)
     except PinRefused as refusal:
         return _print_refusal(arguments, target, refusal)
-    _print(arguments, done, whole_run=target.request_ref is None)
+    _print(arguments, done, notes, whole_run=target.request_ref is None)
     verdicts = [one.verdict for one in done]
     return EXIT_FAILED if any(died(verdict) for verdict in verdicts) else exit_code(verdicts)
 
@@ -129,13 +129,16 @@ def _print_refusal(arguments: argparse.Namespace, target: Target, refusal: PinRe
     return exit_code([verdict])
 
 
-def _replay(arguments: argparse.Namespace, ledger: Ledger, target: Target, *, total: int) -> list[Done]:
-    """Replay with a progress bar."""
+def _replay(
+    arguments: argparse.Namespace, ledger: Ledger, target: Target, *, total: int
+) -> tuple[list[Done], list[str]]:
+    """Replay with a progress bar; return the verdicts, and what else a person should know."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from replay.batch import replay_requests
 
     counted: Counter[str] = Counter()
+    notes: list[str] = []
     columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
     with Progress(
         *columns, TimeElapsedColumn(), console=screen.console(stderr=True), disable=arguments.json, transient=True
@@ -146,7 +149,7 @@ def _replay(arguments: argparse.Namespace, ledger: Ledger, target: Target, *, to
             counted[one.verdict.verdict.value] += 1
             bar.update(task, advance=1, state=screen.counts(counted))
 
-        return replay_requests(
+        done = replay_requests(
             ledger,
             target.run_id,
             requests=None if target.request_ref is None else [target.request_ref],
@@ -155,22 +158,27 @@ def _replay(arguments: argparse.Namespace, ledger: Ledger, target: Target, *, to
             repeat=arguments.repeat,
             together=arguments.together,
             on_verdict=count,
-            on_report=_teller(lambda state: bar.update(task, state=state)),
+            on_report=_teller(lambda state: bar.update(task, state=state), notes),
             on_progress=lambda state: bar.update(task, state=state),
         )
+    return done, notes
 
 
-def _teller(tell: Callable[[str], None]) -> Callable[[Report], None]:
+def _teller(tell: Callable[[str], None], notes: list[str]) -> Callable[[Report], None]:
     def on_report(report: Report) -> None:
         if report.kind == "loading":
             tell(f"loading {str(report.body['package'])[:19]}")
+        elif report.kind == "apart":
+            how = how_it_ended(report.body["exit_code"])
+            notes.append(f"the worker process died ({how}) computing all together; replayed one by one")
+            tell("one by one")
         elif report.kind == "progress":
             tell(f"{report.body['generations']} generations computed together in {report.body['calls']} calls")
 
     return on_report
 
 
-def _print(arguments: argparse.Namespace, done: list[Done], *, whole_run: bool) -> None:
+def _print(arguments: argparse.Namespace, done: list[Done], notes: list[str], *, whole_run: bool) -> None:
     """Print one verdict, or a table and its summary."""
     if arguments.json:
         documents = [one.verdict.to_document() for one in done]
@@ -178,8 +186,10 @@ def _print(arguments: argparse.Namespace, done: list[Done], *, whole_run: bool) 
             screen.print_json(documents[0])
             return
         summary = {"mode": arguments.mode, "set": arguments.settings, "summary": tally(one.verdict for one in done)}
-        screen.print_json(summary | {"replays": documents})
+        screen.print_json(summary | {"notes": notes, "replays": documents})
         return
+    for note in notes:
+        screen.console().print(f"note: {note}", soft_wrap=True, markup=False)
     if len(done) == 1:
         _print_one(done[0].verdict)
         return

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from replay.cli import main
@@ -144,6 +145,36 @@ def test_a_whole_run_replays_together_with_equal_verdicts(
     words = ["run", recorded.references()[0], "--together", "--ledger", str(recorded.path)]
     assert main(words) == 2
     assert "whole run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_run_whose_worker_is_killed_under_way_together_is_replayed_one_by_one_and_says_so(
+    recorded: Recorded, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    """SIGKILL to the real worker while it loads the package for the ensemble."""
+    killed: list[int] = []
+    decode = Report.decode
+
+    def decode_and_kill(text: str) -> Report:
+        report = decode(text)
+        if report.kind == "loading" and not killed:
+            (worker,) = [one for one in psutil.Process().children() if "replay.worker" in one.cmdline()]
+            killed.append(worker.pid)
+            worker.kill()
+        return report
+
+    monkeypatch.setattr(Report, "decode", decode_and_kill)
+    words = ["run", recorded.run_id, "--together", "--ledger", str(recorded.path)]
+    assert main([*words, "--json"] if as_json else words) == 0
+    assert killed
+    printed = capsys.readouterr()
+    if as_json:
+        document = json.loads(printed.out)
+        assert document["summary"] == {"exact": len(recorded.references())}
+        assert "signal 9" in document["notes"][0]
+        assert all(one["replay"]["slice"] is not None for one in document["replays"])
+    else:
+        assert "one by one" in printed.out and "signal 9" in printed.out
 
 
 @pytest.mark.slow

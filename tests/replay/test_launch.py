@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,29 @@ def test_the_worker_has_the_given_environment_and_no_other(tmp_path: Path) -> No
     environment = {"PATH": os.environ["PATH"], "MKL_CBWR": "AVX2"}
     found = list(run_job(_job(tmp_path, "a"), environment=environment, command=_worker(tmp_path, body)))
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("reached", ["pass", "say('begun', request='a')", "verdict('a')"])
+def test_a_worker_that_dies_computing_all_together_leaves_the_requests_to_be_replayed_one_by_one(
+    tmp_path: Path, reached: str
+) -> None:
+    body = f"""
+        if job["together"]:
+            {reached}
+            print("dying words", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), 9)
+        for r in requests:
+            say("begun", request=r)
+            verdict(r)
+    """
+    job = replace(_job(tmp_path, "a", "b", repeat=2), together=True)
+    said: list[Report] = []
+    command = _worker(tmp_path, textwrap.dedent(body))
+    found = list(run_job(job, environment=os.environ, command=command, on_report=said.append))
+    assert [(request, turn, verdict.verdict) for request, turn, verdict in found] == [
+        (name, turn, Verdict.EXACT) for turn in (0, 1) for name in "ab"
+    ]
+    (fallback,) = [one.body for one in said if one.kind == "apart"]
+    assert fallback["exit_code"] == -9 and "dying words" in fallback["last_words"]
+    with pytest.raises(ReplayFailed, match="code 7"):  # one by one fails too: nothing is left to try
+        list(run_job(job, environment=os.environ, command=_worker(tmp_path, "sys.exit(7)")))
