@@ -76,12 +76,19 @@ class Manifest(BaseModel):
     later_fields: ClassVar[tuple[str, ...]] = ()
     """Fields that came after documents of this version were recorded. At its default such a field is left out of the
     document, so that what was recorded before it is read as it was meant and keeps its digest."""
+    earlier: ClassVar[Mapping[str, Any]] = {}
+    """What documents without a later field meant, where new ones have another default: that value is left out then."""
+
+    @classmethod
+    def left_out(cls, name: str) -> Any:
+        """Return the value that a document without this field stands for."""
+        return cls.earlier[name] if name in cls.earlier else cls.model_fields[name].default
 
     @model_serializer(mode="wrap")
     def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         document: dict[str, Any] = handler(self)
         for name in self.later_fields:
-            if name in document and getattr(self, name) == type(self).model_fields[name].default:
+            if name in document and getattr(self, name) == self.left_out(name):
                 del document[name]
         return document
 
@@ -135,9 +142,11 @@ class Manifest(BaseModel):
     @classmethod
     def _parse(cls, data: bytes) -> Self:
         try:
-            return cls.model_validate_json(data)
+            document = cls.model_validate_json(data)
         except ValidationError as error:
             raise DocumentError(describe(error), where=cls.__name__) from None
+        unsaid = {name: value for name, value in cls.earlier.items() if name not in document.model_fields_set}
+        return document.model_copy(update=unsaid) if unsaid else document
 
 
 def check_digest(data: bytes, expected: str, *, what: str) -> None:

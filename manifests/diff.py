@@ -48,9 +48,9 @@ def diff_dimension(dimension: str, left: Manifest, right: Manifest) -> tuple[Pin
 
 
 def _whole(manifest: Manifest) -> dict[str, Any]:
-    """Return all fields, also those that the document leaves out at their default."""
-    fields, document = type(manifest).model_fields, manifest.to_document()
-    return {name: document.get(name, field.default) for name, field in fields.items()}
+    """Return all fields, also those that the document leaves out."""
+    kind, document = type(manifest), manifest.to_document()
+    return {name: document[name] if name in document else kind.left_out(name) for name in kind.model_fields}
 
 
 def _descend(name: str, left: Any, right: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from manifests.base import Count, DecimalText, Manifest, PositiveCount
 
 Policy = Literal["fcfs", "priority", "deadline", "fair"]
 """Who is served next: arrival; least priority number, then arrival; earliest deadline; least served tenant."""
 PrefixSharing = Literal["tenant", "all"]
+RowOrder = Literal["stable", "service"]
 
 
 class SchedulingManifest(Manifest):
@@ -55,6 +57,10 @@ class SchedulingManifest(Manifest):
     max_undelivered_tokens: PositiveCount | None = None
     """Tokens that a stream may be ahead of its reader before its sequence is passed over; None is no limit."""
 
+    row_order: RowOrder = "stable"
+    """Where a decoding sequence stands in its call: in the row that it had in the step before (`stable`), or in the
+    order of service, in which all after one that leaves move up (`service`, as it was before there was a choice)."""
+
     later_fields: ClassVar[tuple[str, ...]] = (
         "max_num_queued_reqs",
         "max_num_queued_tokens",
@@ -64,4 +70,6 @@ class SchedulingManifest(Manifest):
         "load_shedding",
         "prefix_sharing",
         "max_undelivered_tokens",
+        "row_order",
     )
+    earlier: ClassVar[Mapping[str, Any]] = {"row_order": "service"}

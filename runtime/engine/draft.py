@@ -13,12 +13,9 @@ from bisect import insort
 from collections import Counter
 
 from runtime.engine.plan import DECODE, PREFILL, Admission, Call, Hit, Preemption, Refusal
-from runtime.engine.scheduled import SequenceState
+from runtime.engine.scheduled import PlannedRow, SequenceState
 from runtime.engine.settings import Settings
 from runtime.engine.state import SchedulerState
-
-PlannedRow = tuple[int, int, int, bool]
-"""Sequence, first position, tokens, and whether its last logits are sampled."""
 
 
 class Draft:
@@ -247,11 +244,42 @@ class Draft:
         self.budget -= count
 
 
-def group(settings: Settings, rows: list[PlannedRow]) -> list[Call]:
-    """Put rows of equal padded length into one call: the decode call first, then chunks by length."""
+def keep_places(before: list[int], rows: list[PlannedRow]) -> list[PlannedRow]:
+    """Order the rows of a decode call so that every sequence that was in the one before keeps its row.
+
+    before: the sequences of that call's rows.  New ones take the rows of those that left, or stand at the end; where
+    more left than came, the last rows move into the holes, so that no more move than left.
+    """
+    coming = {row[0]: row for row in rows}
+    if len(rows) == len(before) and coming.keys() == set(before):
+        return [coming[index] for index in before]
+    kept = [coming.pop(index, None) for index in before]
+    new = list(coming.values())
+    if len(kept) + len(new) > len(rows):
+        new.reverse()
+        for place in [place for place, row in enumerate(kept) if row is None]:
+            if new:
+                kept[place] = new.pop()
+                continue
+            while kept and kept[-1] is None:
+                kept.pop()
+            if place < len(kept):
+                kept[place] = kept.pop()
+        new.reverse()
+    return [row for row in kept if row is not None] + new
+
+
+def group(settings: Settings, rows: list[PlannedRow], before: list[int]) -> list[Call]:
+    """Put rows of equal padded length into one call: the decode call first, then chunks by length.
+
+    before: the sequence of each row of the last decode call, where rows are to stay in their places.
+    """
     groups: dict[int, list[PlannedRow]] = {}
     for row in rows:
-        groups.setdefault(settings.pad_tokens(row[2]), []).append(row)
+        tokens = 1 if row[2] == 1 else settings.pad_tokens(row[2])
+        groups.setdefault(tokens, []).append(row)
+    if settings.stable_rows and 1 in groups:
+        groups[1] = keep_places(before, groups[1])
     return [
         Call(
             graph=DECODE if tokens == 1 else PREFILL,

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from runtime.engine.cache import chain_hash
 
+PlannedRow = tuple[int, int, int, bool]
+"""Sequence, first position, tokens, and whether its last logits are sampled."""
+
 
 @dataclass(slots=True)
 class SequenceState:

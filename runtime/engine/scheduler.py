@@ -168,9 +168,12 @@ def plan_step(
     """
     draft = Draft(state, now_us=now_us, step_us=step_us)
     draft.decide()
+    calls = group(state.settings, draft.rows, state.decoding)
+    state.decided = draft.rows
+    state.decoding = calls[0].sequences if calls and calls[0].tokens == 1 else []
     plan = StepPlan(
         step=state.step,
-        calls=group(state.settings, draft.rows),
+        calls=calls,
         admissions=draft.admissions,
         allocations=[[index, *blocks] for index, blocks in draft.allocations.items()],
         releases=state.releases,
@@ -187,6 +190,7 @@ def complete_step(state: SchedulerState, plan: StepPlan, tokens: Mapping[int, in
     """Enter what the step computed: rows advance, sampled tokens are appended, full blocks become findable."""
     size = state.settings.block_size
     by_index = {sequence.index: sequence for sequence in state.running}
+    filled: dict[int, Origin] = {}
     for number, call in enumerate(plan.calls):
         counts = call.counts or (1,) * len(call.sequences)
         for row, index in enumerate(call.sequences):
@@ -194,12 +198,25 @@ def complete_step(state: SchedulerState, plan: StepPlan, tokens: Mapping[int, in
             if sequence is None:  # withdrawn while the step ran
                 continue
             sequence.computed = call.starts[row] + counts[row]
-            full = sequence.computed // size
-            if full > sequence.registered:
-                names = sequence.chain(full, size)
-                for block in range(sequence.registered, full):
-                    state.cache.register(sequence.blocks[block], names[block], Origin(plan.step, number, row))
-                sequence.registered = full
+            if sequence.computed // size > sequence.registered:
+                filled[index] = Origin(plan.step, number, row)
             token = tokens.get(index)
             if token is not None:
                 sequence.tokens.append(token)
+    if filled:
+        _register(state, by_index, filled)
+
+
+def _register(state: SchedulerState, by_index: Mapping[int, SequenceState], filled: Mapping[int, Origin]) -> None:
+    """Make full blocks findable, call by call, in the order of service: of two with equal content the first is kept."""
+    order = list(filled)
+    if len(order) > 1:
+        rank = {row[0]: place for place, row in enumerate(state.decided)}
+        order.sort(key=lambda index: (filled[index].call, rank[index]))
+    for index in order:
+        sequence = by_index[index]
+        full = sequence.computed // state.settings.block_size
+        names = sequence.chain(full, state.settings.block_size)
+        for block in range(sequence.registered, full):
+            state.cache.register(sequence.blocks[block], names[block], filled[index])
+        sequence.registered = full

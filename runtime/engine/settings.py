@@ -40,6 +40,8 @@ class Settings:
     share_prefixes: bool
     """Whether tenants may read each other's cached prefixes."""
     max_undelivered_tokens: int | None
+    stable_rows: bool
+    """Whether a decoding sequence keeps its row from step to step."""
 
     @classmethod
     def of(
@@ -87,6 +89,7 @@ class Settings:
             load_shedding=manifest.load_shedding,
             share_prefixes=manifest.prefix_sharing == "all",
             max_undelivered_tokens=manifest.max_undelivered_tokens,
+            stable_rows=manifest.row_order == "stable",
         )
 
     def pad_batch(self, rows: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from runtime.engine.cache import BlockCache
 from runtime.engine.plan import Release
 from runtime.engine.policies import WaitingQueue, queue_for
-from runtime.engine.scheduled import SequenceState
+from runtime.engine.scheduled import PlannedRow, SequenceState
 from runtime.engine.settings import Settings
 
 
@@ -28,6 +28,10 @@ class SchedulerState:
     """In the policy's order; under `fair` in the order of admission."""
     parked: dict[int, SequenceState] = field(default_factory=dict[int, SequenceState])
     """Held up by their readers and evicted: they wait again when the reader has caught up."""
+    decided: list[PlannedRow] = field(default_factory=list[PlannedRow])
+    """Rows of the last step in the order in which they were decided; what must not depend on places goes by it."""
+    decoding: list[int] = field(default_factory=list[int])
+    """Sequence of each row of the last step's decode call."""
     releases: list[Release] = field(default_factory=list[Release])
     """Ended since the last plan; the next plan reports them."""
 
