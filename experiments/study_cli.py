@@ -188,11 +188,10 @@ def _report(results: list[CellResult], shared: dict[str, Any], tracker: Tracker,
         }
         print(json.dumps(document, indent=2))
         return
-    from rich.console import Console
-
     from experiments.studies.table import study_table
+    from traces.console import output_console
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    console = output_console(WIDTH)
     console.print(study_table(results))
     for result in results:
         if result.reason is not None:

@@ -24,8 +24,9 @@ TIMES = {
 
 def print_summary(summary: Mapping[str, Any], workload: Workload) -> None:
     """Print the summary and what to do next."""
-    from rich.console import Console
     from rich.table import Table
+
+    from traces.console import output_console
 
     failures = ", ".join(f"{count} {name}" for name, count in summary["failures"].items())
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -43,7 +44,7 @@ def print_summary(summary: Mapping[str, Any], workload: Workload) -> None:
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    console = Console(highlight=False)
+    console = output_console(110)
     console.print(table)
     for note in workload.notes:
         console.print(f"note: {note}")

@@ -29,6 +29,9 @@ REQUEST_FIELDS = frozenset(
 CONTROL_FIELDS = frozenset({"at_us", "control", "route", "package"})
 GENERATION_FIELDS = frozenset({"seed", "temperature", "top_k", "top_p", "max_tokens"})
 
+LONGEST_US = 3_600_000_000
+"""An hour: the longest deadline that a request envelope takes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadRequest:
@@ -197,12 +200,14 @@ def _parse_line(path: Path, number: int, text: str) -> WorkloadItem:
 
 
 def _check_times(path: Path, number: int, line: Mapping[str, Any]) -> None:
-    """Refuse times that are not whole microseconds from zero up."""
-    for name in ("at_us", "deadline_us"):
-        value = line.get(name, 0)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    """Refuse times that are not whole microseconds: arrivals from 0 up, deadlines as a request may have."""
+    for name, (least, most) in {"at_us": (0, 2**53 - 1), "deadline_us": (1, LONGEST_US)}.items():
+        value = line.get(name, least)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise WorkloadError(
-                f"{name!r} must be a whole number of microseconds, not {value!r}", path=path, line=number
+                f"{name!r} must be a whole number of microseconds from {least} to {most}, not {value!r}",
+                path=path,
+                line=number,
             )
 
 

@@ -219,7 +219,7 @@ def _prepare(
             fix="Name the folder: replay run PREPARATION --model FOLDER (or list folders in REPLAYLAB_MODELS).",
         )
     backend, options = change_options(original.backend, read_options(original.options), choices)
-    _check_choices(backend, options, choices)
+    _check_choices(folder, backend, options, choices)
     with tempfile.TemporaryDirectory(prefix="replaylab-rebuild-") as place:
         return prepare(
             folder,
@@ -232,19 +232,26 @@ def _prepare(
         ).preparation
 
 
-def _check_choices(backend: str, options: BuildOptions, choices: Sequence[Substitution]) -> None:
-    """Refuse by its pin what the backend does not offer, before anything is built."""
+def _check_choices(folder: Path, backend: str, options: BuildOptions, choices: Sequence[Substitution]) -> None:
+    """Refuse by its pin what the backend does not offer or the model cannot reach, before anything is built."""
+    from replay.preparation_pins import BOUNDS
     from runtime.backends.registry import backend_named
+    from runtime.prepare.capture import check_reach
 
     for one in choices:
         for name, version in wanted_versions(one).items() if one.way is Way.VERSION else ():
             if installed(name) != version:
                 raise PinRefused(f"{version} does not run here: {name} is {installed(name)}", pin=one.pin)
+        if one.pin.startswith(BOUNDS):
+            try:
+                check_reach(folder, {one.pin.removeprefix(BOUNDS): int(one.value)})
+            except ClassifiedError as error:
+                raise PinRefused(error.message, pin=one.pin, fix=error.fix) from error
     pin = choices[0].pin if choices else "compiler.backend"
     try:
         chosen: Any = backend_named(backend)
-        chosen.versions()
         chosen.check(options)
+        chosen.check_here(options)
     except ClassifiedError as error:
         named = next((one.pin for one in choices if one.value and repr(one.value) in error.message), pin)
         raise PinRefused(error.message, pin=named, fix=error.fix) from error

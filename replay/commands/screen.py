@@ -39,13 +39,12 @@ def open_ledger(path: Path) -> Ledger:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return a console that keeps long lines whole where no terminal wraps them."""
+    """Return a console that keeps long lines whole where neither a terminal nor COLUMNS says how wide it is."""
     from rich.console import Console
 
-    screen = Console(stderr=stderr, highlight=False)
-    if not screen.is_terminal and not stderr:
-        return Console(stderr=False, highlight=False, width=160)
-    return screen
+    from traces.console import output_console
+
+    return Console(stderr=True, highlight=False) if stderr else output_console(160)
 
 
 def print_json(document: Any) -> None:

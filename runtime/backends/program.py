@@ -100,15 +100,21 @@ def dynamic_shapes(config: ModelConfig, bounds: Bounds) -> tuple[dict[int, Any],
 
 
 def check_bounds(bounds: Bounds) -> None:
-    """Refuse bounds that the example or the fixture session would not fit into."""
-    smallest = Bounds(max_batch=EXAMPLE[0] + 1, max_tokens=EXAMPLE[1] + 1, max_context=SMALLEST_CONTEXT)
-    for name, (_, least) in smallest.symbols().items():
-        most = bounds.symbols()[name][1]
+    """Refuse bounds that the example or the fixture session would not fit into, saying which of them needs how much."""
+    batch, tokens, *_ = EXAMPLE
+    above = "the program is traced with {}, and an exporter fixes a size that reaches its bound"
+    needs = {
+        "B": ("max_batch", batch + 1, above.format(f"{batch} rows")),
+        "T": ("max_tokens", tokens + 1, above.format(f"{tokens} new tokens a row")),
+        "S": ("max_context", SMALLEST_CONTEXT, f"the fixture session is {SMALLEST_CONTEXT} positions long"),
+    }
+    for symbol, (name, least, reason) in needs.items():
+        most = bounds.symbols()[symbol][1]
         if most < least:
             raise BackendRefused(
-                f"the bound {most} of {name} is too small",
-                fix=f"declare at least {least}",
-                evidence={"validation_output": f"{name} <= {most}, at least {least}"},
+                f"{name} {most} (the bound of {symbol}) is too small: {reason}",
+                fix=f"declare at least {least}: --max-{name.removeprefix('max_')} {least}",
+                evidence={"validation_output": f"{symbol} <= {most}, at least {least}"},
                 stage="a01",
             )
 

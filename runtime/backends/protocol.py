@@ -283,6 +283,10 @@ class Backend(Protocol):
         """
         ...
 
+    def check_here(self, options: BuildOptions) -> None:
+        """Refuse what this machine does not have, before anything is built: libraries, execution providers."""
+        ...
+
     def import_loader(self) -> None:
         """Import what `load` needs."""
         ...

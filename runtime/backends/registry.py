@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from runtime.backends.buckets import default_plan
 from runtime.backends.errors import BackendMissing, BackendRefused
@@ -69,6 +69,8 @@ class InstalledBackend:
     """Flags that a caller may set, with their values."""
     providers: tuple[str, ...] | None = None
     """None where execution providers are no notion of the backend; else those that this project has tried."""
+    providers_here: str | None = None
+    """module:function that refuses execution providers which are not installed; None where they are no notion."""
     buckets: Literal["never", "optional", "needed"] = "never"
     """Whether it compiles fixed shapes from a declared bucket plan."""
     can_abort: bool = False
@@ -141,7 +143,7 @@ class InstalledBackend:
         if options.batch_invariant:
             require(self.name, self.abilities, "batch_invariant")
         elif RECIPE in options.flags:
-            self._among("flag recipe without batch_invariant", options.flags[RECIPE], ())
+            self._takes_no("flag recipe without batch_invariant", options.flags[RECIPE])
         for name, value in options.flags.items():
             self._among("flag", name, tuple(self.flags))
             if self.flags[name] != NAMES or re.fullmatch(r"\w+(;\w+)*", value) is None:
@@ -149,15 +151,30 @@ class InstalledBackend:
         if options.threads < 1:
             self._among("threads", str(options.threads), ("1 or more",))
         if options.providers and self.providers is None:
-            self._among("providers", ", ".join(options.providers), ("none",))
+            self._takes_no("execution providers", ", ".join(options.providers))
         if options.buckets is not None and self.buckets == "never":
-            self._among("buckets", options.buckets.text(), ("none: its shapes are dynamic",))
+            self._takes_no("buckets", options.buckets.text(), reason=", its shapes are dynamic")
+
+    def check_here(self, options: BuildOptions) -> None:
+        """Refuse what this machine does not have, before anything is built: libraries, execution providers."""
+        self.versions()
+        if options.providers and self.providers_here is not None:
+            _load_object(self.providers_here)(options.providers)
+
+    def _takes_no(self, what: str, value: str, *, reason: str = "") -> NoReturn:
+        raise BackendRefused(
+            f"{self.name} takes no {what}{reason}, but was given {value!r}",
+            fix="leave it out: there is nothing to set",
+            evidence={"operator_details": f"{what}={value}", "validation_output": "nothing can be set"},
+        )
 
     def _among(self, what: str, value: str, allowed: tuple[str, ...]) -> None:
+        if not allowed:
+            self._takes_no(what, value)
         if value not in allowed:
             raise BackendRefused(
                 f"{self.name} does not know {what} {value!r}",
-                fix=f"choose from: {', '.join(allowed) or 'none'}",
+                fix=f"choose from: {', '.join(allowed)}",
                 evidence={"operator_details": f"{what}={value}", "validation_output": ", ".join(allowed)},
             )
 
@@ -225,6 +242,7 @@ ONNXRUNTIME = InstalledBackend(
         RECIPE: ("tile",),
     },
     providers=("CPUExecutionProvider",),
+    providers_here="runtime.backends.onnxruntime:check_available",
 )
 INDUCTOR = InstalledBackend(
     name="inductor",

@@ -10,7 +10,10 @@ from typing import Any
 
 from runtime.backends.buckets import BucketPlan
 from runtime.backends.contract import Bounds
+from runtime.backends.errors import BackendRefused
 from runtime.backends.protocol import Backend, BuildOptions, Lowering
+from runtime.models.config import read_config
+from runtime.models.source import kind_of
 from runtime.prepare.stage import StageOutcome
 
 
@@ -52,6 +55,24 @@ def run(source: Source) -> StageOutcome[Captured]:
     source.resources.callback(lowering.close)
     boundary = lowering.capture()
     return StageOutcome(Captured(source, lowering, boundary.emitted), boundary.record)
+
+
+def check_reach(model: Path, bounds: Mapping[str, int]) -> None:
+    """Refuse bounds that somebody asked for and no sequence of the model can reach.
+
+    Defaults are not asked for: they may be beyond a small model.  A one-shot model has no positions.
+    """
+    asked = {name: value for name, value in bounds.items() if name in ("max_tokens", "max_context")}
+    if not asked or kind_of(model)[0].one_shot:
+        return
+    most = read_config(model).max_positions
+    for name, value in asked.items():
+        if value > most:
+            raise BackendRefused(
+                f"{name} {value} is out of reach: the model has {most} positions",
+                fix=f"give {most} or less",
+                evidence={"validation_output": f"{name} <= {value}, at most {most}"},
+            )
 
 
 def read_options(document: Mapping[str, Any]) -> BuildOptions:

@@ -46,6 +46,15 @@ exit codes: 0 prepared and ready, 1 rebuilt with --like and something differs,
 Nothing that is already in the store is changed by a failure.
 """
 
+LARGEST = 2**31 - 1
+DEFAULT_BACKEND = "onnxruntime"
+BOUNDS = ("max_batch", "max_tokens", "max_context")
+CHOICES = (
+    *("backend", "precision", "norm", "optimization", "flag", "batch_invariant", "buckets", "provider", "threads"),
+    *BOUNDS,
+)
+"""Options that are part of what is made; --like takes all of them from a package."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -54,13 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", type=Path, nargs="?", help="checkpoint folder, .pt2 program or .onnx file"
     )
     parser.add_argument(
-        "--backend",
-        default="onnxruntime",
-        help="eager, onnxruntime, inductor, executorch, iree or xla (default: %(default)s)",
+        "--backend", help=f"eager, onnxruntime, inductor, executorch, iree or xla (default: {DEFAULT_BACKEND})"
     )
-    parser.add_argument("--precision", default="float32", help="float32, bfloat16 or int8 (default: %(default)s)")
-    parser.add_argument("--norm", default="fused", help="fused or unfused RMS norm (default: %(default)s)")
-    parser.add_argument("--optimization", default="default", metavar="LEVEL", help="the backend's own level name")
+    parser.add_argument("--precision", help="float32, bfloat16 or int8 (default: float32)")
+    parser.add_argument("--norm", help="fused or unfused RMS norm (default: fused)")
+    parser.add_argument("--optimization", metavar="LEVEL", help="the backend's own level name (default: its choice)")
     parser.add_argument(
         "--flag", action="append", default=[], metavar="NAME=VALUE", help="backend setting; may be repeated"
     )
@@ -76,17 +83,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=range(1, 65),
         metavar="1..64",
-        default=1,
-        help="compute threads, a pin (default: %(default)s)",
+        help="compute threads, a pin (default: 1)",
     )
-    parser.add_argument("--max-batch", type=int, default=64, help="bound of rows (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=512, help="bound of new tokens a row (default: %(default)s)")
-    parser.add_argument("--max-context", type=int, default=1024, help="bound of cached tokens (default: %(default)s)")
-    parser.add_argument("--deadline", type=int, default=600, metavar="SECONDS", help="for compilers (%(default)s)")
-    parser.add_argument("--max-spread", type=int, metavar="PERCENT", help="refuse steady step times that spread more")
-    parser.add_argument("--max-step", type=int, metavar="MICROSECONDS", help="refuse a slower single decode step")
+    parser.add_argument("--max-batch", type=int, metavar="N", help="bound of rows (default: 64)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="bound of new tokens a row (default: 512)")
+    parser.add_argument("--max-context", type=int, metavar="N", help="bound of cached tokens (default: 1024)")
+    parser.add_argument("--deadline", type=_limit, default=600, metavar="SECONDS", help="for compilers (%(default)s)")
+    parser.add_argument("--max-spread", type=_limit, metavar="PERCENT", help="refuse steady times that spread more")
+    parser.add_argument("--max-step", type=_limit, metavar="MICROSECONDS", help="refuse a slower single decode step")
     parser.add_argument(
-        "--like", metavar="PACKAGE", help="rebuild with this package's options and name the first stage that differs"
+        "--like",
+        metavar="PACKAGE",
+        help="rebuild with this package's options and name the first stage that differs; no other choice goes with it",
     )
     parser.add_argument("--choices", action="store_true", help="list what each backend can be asked for, and stop")
     parser.add_argument("--name", help="also point this name at the package")
@@ -96,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prepare, record into the ledger, print; returns the exit code."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(arguments.threads))  # before torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", str(arguments.threads or 1))  # before torch is imported
     from rich.console import Console
 
     from traces.failures import ClassifiedError
@@ -112,8 +120,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({**_document(prepared, arguments.name), "rebuild": rebuilt}, indent=2))
         return 1 if rebuilt and not rebuilt["equal"] else 0
     from runtime.prepare.table import stage_table
+    from traces.console import output_console
 
-    out = Console(width=None if sys.stdout.isatty() else 110)
+    out = output_console(110)
     out.print(stage_table(prepared.reports))
     name = f"  ({arguments.name})" if arguments.name else ""
     out.print(f"ready: [bold]{prepared.digest}[/bold]{name}", soft_wrap=True)
@@ -126,9 +135,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _print_choices(arguments: argparse.Namespace) -> int:
     """List what can be asked for; without a model and without --choices, say that the model is missing."""
-    from rich.console import Console
-
     from runtime.prepare.choices import choices, choices_table
+    from traces.console import output_console
 
     if not arguments.choices:
         print("error: no MODEL is given; fix: replaylab prepare MODEL, or --choices", file=sys.stderr)
@@ -137,11 +145,12 @@ def _print_choices(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"backends": described}, indent=2))
     else:
-        Console(width=None if sys.stdout.isatty() else 140).print(choices_table(described))
+        output_console(140).print(choices_table(described))
     return 0
 
 
 def _prepare(arguments: argparse.Namespace, console: Console) -> tuple[PreparedPackage, dict[str, Any] | None]:
+    from runtime.backends.registry import backend_named
     from runtime.prepare.compare import compare_rebuild
     from runtime.prepare.recorded import prepare_recorded
     from runtime.prepare.store import PackageStore
@@ -150,12 +159,13 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> tuple[PreparedP
 
     ledger: Path = arguments.ledger or default_ledger()
     store = PackageStore(ledger)
-    options = _options(arguments, store)
+    backend, options = _options(arguments, store)
+    backend_named(backend).check_here(options)
     before = store.preparation(arguments.like) if arguments.like else None
     with StageProgress(console) as progress:
         prepared = prepare_recorded(
             arguments.model,
-            backend=arguments.backend,
+            backend=backend,
             options=options,
             ledger=ledger,
             name=arguments.name,
@@ -165,34 +175,42 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> tuple[PreparedP
     return prepared, compare_rebuild(store, arguments.like, before, prepared.preparation)
 
 
-def _options(arguments: argparse.Namespace, store: PackageStore) -> BuildOptions:
+def _options(arguments: argparse.Namespace, store: PackageStore) -> tuple[str, BuildOptions]:
+    """Return the backend and what it is asked for; what was left open is the options' own default."""
     from runtime.backends.buckets import parse_plan
     from runtime.backends.contract import Bounds
     from runtime.backends.errors import BackendRefused
     from runtime.backends.protocol import BuildOptions
-    from runtime.prepare.capture import read_options
+    from runtime.prepare.capture import check_reach, read_options
 
+    asked = {name: getattr(arguments, name) for name in CHOICES}
+    given = {name: value for name, value in asked.items() if value is not None and value is not False and value != []}
     if arguments.like:
+        if given:
+            named = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise BackendRefused(
+                f"{named} cannot be given with --like, which takes every choice from the package",
+                fix="leave out one or the other; to change one: replay run PREPARATION --set PIN=VALUE",
+            )
         arguments.like = store.resolve(arguments.like)
         manifest = store.read_manifest(arguments.like)
-        arguments.backend = manifest.compiler.backend
-        return replace(read_options(manifest.options), **_limits(arguments))
+        return manifest.compiler.backend, replace(read_options(manifest.options), **_limits(arguments))
     flags: dict[str, str] = {}
     for text in arguments.flag:
         name, sign, value = text.partition("=")
         if not sign or not name:
             raise BackendRefused(f"--flag {text!r} is not NAME=VALUE", fix="for example --flag freezing=true")
         flags[name] = value
-    bounds = Bounds(max_batch=arguments.max_batch, max_tokens=arguments.max_tokens, max_context=arguments.max_context)
-    return BuildOptions(
-        precision=arguments.precision,
-        norm=arguments.norm,
-        optimization=arguments.optimization,
+    named_bounds = {name: value for name in BOUNDS if (value := getattr(arguments, name)) is not None}
+    check_reach(arguments.model, named_bounds)
+    bounds = Bounds(**named_bounds)
+    plain = {name: given[name] for name in ("precision", "norm", "optimization", "threads") if name in given}
+    return arguments.backend or DEFAULT_BACKEND, BuildOptions(
+        **plain,
         flags=flags,
         providers=tuple(arguments.provider),
         bounds=bounds,
         buckets=parse_plan(arguments.buckets, bounds) if arguments.buckets else None,
-        threads=arguments.threads,
         **_limits(arguments),
         batch_invariant=arguments.batch_invariant,
     )
@@ -241,3 +259,10 @@ def report_failure(error: ClassifiedError, *, as_json: bool) -> int:
     said = f"{'refused' if code == 2 else 'failed'}{where} [{error.failure_class.value}]: {error.message}"
     print(said if error.fix is None else f"{said}\n  fix: {error.fix}", file=sys.stderr)
     return code
+
+
+def _limit(text: str) -> int:
+    """Read a limit: a whole number from 1 up."""
+    if not text.isdecimal() or not 1 <= int(text) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {LARGEST}")
+    return int(text)

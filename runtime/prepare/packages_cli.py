@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from runtime.prepare.store import PackageStore
@@ -30,6 +29,9 @@ ACTIONS: dict[str, tuple[int | str, str]] = {
     "compare": (2, "Name the first stage at which two packages differ."),
 }
 WIDTH = 140  # of tables that are not written to a terminal
+SECTIONS = ("artifact", "compiler", "contract", "envelope")
+LEFT_OUT = ("document", "passes", "inputs", "outputs")
+"""What is long, or no news; --json has it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,10 +121,10 @@ def _compare(store: PackageStore, names: list[str]) -> tuple[dict[str, Any], int
 
 
 def _print(action: str, document: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    from traces.console import output_console
+
     if action == "show":
         _print_package(document)
         return
@@ -138,7 +140,7 @@ def _print(action: str, document: dict[str, Any]) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(_text(column, row.get(column)) for column in columns))
-    console.print(table)
+    output_console(WIDTH).print(table)
 
 
 def _text(column: str, value: Any) -> str:
@@ -146,25 +148,43 @@ def _text(column: str, value: Any) -> str:
         return ""
     if column == "bytes":
         return f"{value / 1e6:.1f} MB"
-    if column == "package":
-        return str(value)[:19]
-    return ", ".join(value) if isinstance(value, list) else str(value)
+    return str(value)[:19] if column == "package" else _words(value)
+
+
+def _words(value: Any) -> str:
+    """Say a JSON value in plain words."""
+    if value is None or value == [] or value == {}:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_words(part)}" for name, part in cast("dict[str, Any]", value).items())
+    return ", ".join(map(_words, cast("list[Any]", value))) if isinstance(value, list) else str(value)
+
+
+def _ranges(symbols: dict[str, list[int]]) -> str:
+    """Say the inclusive ranges of dimensions."""
+    return ", ".join(f"{name} {least}..{most}" for name, (least, most) in symbols.items())
 
 
 def _print_package(document: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from runtime.prepare.table import summarize
+    from traces.console import output_console
     from traces.stages import Stage
 
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = output_console(WIDTH)
     manifest = document["manifest"]
     console.print(f"[bold]{document['package']}[/bold]", soft_wrap=True)
-    console.print("readiness:", document["readiness"])
-    for section in ("artifact", "compiler", "contract", "envelope"):
-        shown = {name: value for name, value in manifest[section].items() if name not in ("passes", "inputs")}
-        console.print(f"{section}:", shown)
+    table = Table(box=None, pad_edge=False, header_style="bold", show_header=False)
+    for section, fields in {"readiness": document["readiness"], **{name: manifest[name] for name in SECTIONS}}.items():
+        shown = {name: value for name, value in fields.items() if name not in LEFT_OUT}
+        for place, (name, value) in enumerate(shown.items()):
+            said = _ranges(value) if name == "symbols" else _words(value)
+            table.add_row("" if place else section, name.replace("_", " "), Text(said))
+    console.print(table)
     table = Table(title="stages, as measured when it was warmed here", title_justify="left")
     for column in ("stage", "seconds", "recorded"):
         table.add_column(column)

@@ -46,6 +46,8 @@ def test_a_written_workload_reads_back_equal(tmp_path: Path) -> None:
     [
         ('{"at_us": 0, "tenant": "a"}', "give either 'question' or 'prompt_tokens'"),
         ('{"at_us": -1, "tenant": "a", "question": "q"}', "'at_us' must be a whole number"),
+        ('{"at_us": 1, "tenant": "a", "question": "q", "deadline_us": -5}', "from 1 to 3600000000, not -5"),
+        ('{"at_us": 1, "tenant": "a", "question": "q", "deadline_us": 0}', "from 1 to 3600000000, not 0"),
         ('{"at_us": true, "tenant": "a", "question": "q"}', "'at_us' must be a whole number"),
         ('{"at_us": 0.5, "tenant": "a", "question": "q"}', "'at_us' must be a whole number"),
         ('{"at_us": 0, "tenant": "a", "question": "q", "colour": 1}', "unknown field 'colour'"),

@@ -167,6 +167,7 @@ def test_the_model_is_found_by_its_digest_or_refused_by_its_pin(
         ("compiler.backend=abacus", "compiler.backend"),
         ("compiler.precision=float8", "compiler.precision"),
         ("compiler.flags.speed=high", "compiler.flags.speed"),
+        ("compiler.bounds.max_context=100000000", "compiler.bounds.max_context"),
     ],
 )
 def test_a_choice_that_the_backend_does_not_offer_is_refused_by_its_pin(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -74,3 +75,15 @@ def test_a_missing_library_names_what_to_install(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(BackendMissing, match="onnxruntime") as caught:
         registry.backend_named("onnxruntime").start(tmp_path, tmp_path, BuildOptions())
     assert "pip install" in (caught.value.fix or "")
+
+
+def test_where_nothing_can_be_set_the_fix_is_to_leave_it_out_and_no_empty_list() -> None:
+    nothing = {"providers": ("A",), "buckets": default_plan(Bounds()), "flags": {"recipe": "tile"}}
+    for backend in registry.BACKENDS:
+        for name, value in nothing.items():
+            try:
+                backend.check(replace(BuildOptions(), **{name: value}))
+            except BackendRefused as refusal:
+                assert "none" not in (refusal.fix or "")
+                if name != "flags" or "recipe" in backend.flags:
+                    assert refusal.fix == "leave it out: there is nothing to set"

@@ -128,3 +128,95 @@ def test_a_number_of_threads_that_no_machine_has_is_refused(threads: str, capsys
         replaylab.main(["prepare", "model", "--threads", threads])
     assert caught.value.code == 2
     assert "--threads" in capsys.readouterr().err
+
+
+def _refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert replaylab.main(words) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+def test_a_rebuild_like_a_package_refuses_options_that_it_would_ignore(
+    model_folder: Path, copied_store: PackageStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = copied_store.digests()[0]
+    words = ["prepare", str(model_folder), "--like", first, "--ledger", str(tmp_path)]
+    said = _refused([*words, "--precision", "int8", "--flag", "a=b", "--max-batch", "8"], capsys)
+    assert "--precision, --flag, --max-batch" in said
+    assert "--batch-invariant" in _refused([*words, "--batch-invariant"], capsys)
+    assert "--like" in _refused([*words, "--threads", "1"], capsys)
+
+
+@pytest.mark.parametrize("option", ["--deadline", "--max-spread", "--max-step"])
+@pytest.mark.parametrize("value", ["-5", "0", "soon"])
+def test_a_limit_that_is_no_limit_is_refused_with_its_range(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        replaylab.main(["prepare", "model", option, value])
+    assert caught.value.code == 2
+    assert f"{option}: {value!r} is not a whole number from 1" in capsys.readouterr().err
+
+
+def test_a_provider_that_is_not_there_is_refused_before_anything_is_recorded(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["prepare", str(model_folder), "--ledger", str(tmp_path), "--provider"]
+    said = _refused([*words, "Nope"], capsys)
+    assert "no Nope" in said and "CPUExecutionProvider" in said
+    assert "at stage" not in said
+    assert not (tmp_path / "outbox").exists()
+    said = _refused([*words, "Nope", "--backend", "inductor"], capsys)
+    assert "none" not in said and "leave it out" in said
+
+
+def test_bounds_say_why_they_are_refused(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["prepare", str(model_folder), "--backend", "eager", "--ledger", str(tmp_path)]
+    for few in ("1", "3"):
+        said = _refused([*words, "--max-batch", few], capsys)
+        assert "traced with 3" in said and "at least 4" in said
+    said = _refused([*words, "--max-context", "12"], capsys)
+    assert "fixture" in said and "at least 20" in said
+    for option in ("--max-context", "--max-tokens"):
+        said = _refused([*words, option, "100000000"], capsys)
+        assert f"{option[2:].replace('-', '_')} 100000000" in said and "512 positions" in said
+    assert replaylab.main([*words, "--max-context", "512", "--max-batch", "4"]) == 0
+
+
+def test_packages_are_shown_in_words(
+    copied_store: PackageStore,
+    prepared: Callable[..., PreparedPackage],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    package, place = prepared("onnxruntime", "float32").digest, ["--ledger", str(tmp_path)]
+    assert replaylab.main(["packages", "show", package, *place]) == 0
+    shown = capsys.readouterr().out
+    assert not set("{}'") & set(shown)
+    assert "None" not in shown and "False" not in shown
+    for said in ("batch invariant", "execution providers", "CPUExecutionProvider", "B 1..16", "ready"):
+        assert said in shown
+    (copied_store.path(package) / "tokenizer.json").write_text("{}")
+    assert replaylab.main(["packages", "verify", *place]) == 1
+    verified = capsys.readouterr().out
+    assert "True" not in verified and "False" not in verified
+    assert " yes " in verified and " no " in verified
+
+
+@pytest.mark.parametrize("columns", [70, 180])
+def test_a_table_that_is_piped_is_as_wide_as_columns_says(
+    copied_store: PackageStore,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    columns: int,
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for words in (["packages", "show", copied_store.digests()[0], "--ledger", str(tmp_path)], ["prepare", "--choices"]):
+        assert replaylab.main(words) == 0
+        widths = [len(line) for line in capsys.readouterr().out.splitlines() if line[:1] in "┏┃│└"]
+        assert max(widths) <= columns
+        assert max(widths) > 70 or columns == 70
