@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 
 import numpy as np
 import xxhash
@@ -27,6 +28,7 @@ DIGEST_ALGORITHM = "xxh3_128"
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _SEGMENT = 64
+_NOTHING = np.float32(-inf)
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -119,31 +121,41 @@ def choose(
     logits: float32 [n, vocabulary], raw; allowed: bool of the same shape, or None when nothing is forbidden.
     Raises EngineFailed when a row is not a number or allows nothing.
     """
-    peaks = logits.max(axis=1)
-    if not np.isfinite(peaks).all():
+    rows = np.arange(len(logits))
+    tokens = logits.argmax(axis=1)
+    peaks = logits[rows, tokens]
+    if not isfinite(sum(peaks.tolist())):
         raise AnswerNotFinite()
     work = (scratch or Scratch()).take(logits.shape)
-    scores = logits if allowed is None else np.where(allowed, logits, np.float32(-np.inf))
-    tokens = scores.argmax(axis=1)
-    rows = np.arange(len(tokens))
-    best = scores[rows, tokens]
-    if allowed is not None and not np.isfinite(best).all():
-        raise EngineFailed("the grammar allows no token", reason="grammar_dead_end")
-    np.copyto(work, scores)
-    work[rows, tokens] = -np.inf
-    margins = best - work.max(axis=1)
+    np.subtract(logits, peaks[:, None], out=work)
+    chosen = peaks
+    if allowed is None:
+        # Rounding keeps order, so the best but one stands here at exactly its distance from the best.
+        work[rows, tokens] = _NOTHING
+        margins = 0 - np.maximum.reduce(work, axis=1)
+        work[rows, tokens] = 0.0
+        scores = logits
+    else:
+        scores = np.where(allowed, logits, _NOTHING)
+        tokens = scores.argmax(axis=1)
+        chosen = scores[rows, tokens]
+        if not isfinite(sum(chosen.tolist())):
+            raise EngineFailed("the grammar allows no token", reason="grammar_dead_end")
+        scores[rows, tokens] = _NOTHING
+        margins = chosen - np.maximum.reduce(scores, axis=1)
+        scores[rows, tokens] = chosen
     sampled = [row for row, draw in enumerate(draws) if draw.temperature > 0.0]
     if sampled:
         tokens[sampled] = _draw(scores[sampled], [draws[row] for row in sampled])
-    np.subtract(logits, peaks[:, None], out=work)
-    totals = np.exp(work, out=work).sum(axis=1)
-    logprobs = (logits[rows, tokens] - peaks).astype(np.float64) - np.log(totals.astype(np.float64))
+        chosen = logits[rows, tokens]
+    totals = np.add.reduce(np.exp(work, out=work), axis=1)
+    logprobs = (chosen - peaks) - np.log(totals, dtype=np.float64)
     digest = xxhash.xxh3_128_hexdigest
     return Choices(
         tokens=tokens.tolist(),
         digests=[digest(row) for row in np.ascontiguousarray(logits)],
         logprobs=logprobs.tolist(),
-        margins=[margin if margin != float("inf") else None for margin in margins.tolist()],
+        margins=[margin if margin != inf else None for margin in margins.tolist()],
     )
 
 

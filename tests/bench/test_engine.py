@@ -21,6 +21,7 @@ from runtime.backends.protocol import StepOutput
 from runtime.engine.generation import GenerationRequest, Sampling
 from runtime.engine.loop import Engine
 from tests.runtime.engine.toy import WIDTH, ListRecorder, ToyExecutor, ToyModel
+from traces.recorder import Recorder
 
 ROWS = 32
 TOKENS = 64
@@ -84,6 +85,33 @@ def test_step_overhead(rows: int, vocabulary: int, capsys: pytest.CaptureFixture
         )
 
 
+@pytest.mark.parametrize("rows", [1, 8, 32])
+def test_step_cpu(rows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """CPU microseconds of a decode step that are not the model's, by thread, with a real recorder; best of 8 rounds."""
+    rounds: list[tuple[float, float]] = []
+    with (
+        Recorder(tmp_path, run_id="run_bench", component="engine") as recorder,
+        Engine(ToyModel(FreeExecutor(4096, 2048)), SCHEDULING, recorder) as engine,
+    ):
+        for _ in range(8):
+            recorder.flush()
+            before = thread_seconds("engine-"), thread_seconds("outbox-")
+            for handle in [engine.submit(request) for request in requests(rows, tokens=200)]:
+                handle.wait(60)
+            recorder.flush()
+            after = thread_seconds("engine-"), thread_seconds("outbox-")
+            rounds.append((after[0] - before[0], after[1] - before[1]))
+    loop, writer = (min(column) / 200 * 1e6 for column in zip(*rounds, strict=True))
+    with capsys.disabled():
+        print(f"\nCPU of a step, rows {rows:2}: {loop:.0f} us in the engine's thread, {writer:.0f} us in the writer's")
+
+
+def thread_seconds(prefix: str) -> float:
+    """CPU seconds so far of the thread whose name begins so."""
+    thread = next(thread for thread in threading.enumerate() if thread.name.startswith(prefix))
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident or 0))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
 def test_recording_cost(backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,7 +120,6 @@ def test_recording_cost(backend: str, tmp_path: Path, capsys: pytest.CaptureFixt
     from runtime.prepare.load import load_package
     from runtime.prepare.pipeline import prepare
     from runtime.prepare.store import PackageStore
-    from traces.recorder import Recorder
 
     folder = random_checkpoint(
         tmp_path / "model",
@@ -140,8 +167,7 @@ class WatchedRecorder:
 
     def total(self) -> float:
         """CPU seconds of the recorder so far: in the engine's thread and in the writer's."""
-        writer = next(thread for thread in threading.enumerate() if thread.name.startswith("outbox-"))
-        return self.seconds + time.clock_gettime(time.pthread_getcpuclockid(writer.ident or 0))
+        return self.seconds + thread_seconds("outbox-")
 
 
 def compare(model: Any, recorder: WatchedRecorder, *, rounds: int) -> tuple[float, float, float, float]:
