@@ -107,7 +107,7 @@ class Account:
         self.settle(now_us)
         self.owner = ("recovering" if self.lost else "running") if running else "preemption"
 
-    def ran(self, now_us: int, *, own_us: int, sampling_us: int, delivery_us: int, computed: int) -> None:
+    def ran(self, now_us: int, own_us: int, sampling_us: int, delivery_us: int, computed: int) -> None:
         """Split the time until now, the end of a step that it was a row of."""
         if self.owner == "recovering":
             self.settle(now_us)
@@ -157,23 +157,19 @@ def settle_step(
     spent = sum(one.ran_us + one.chose_us + one.gave_us for one in calls)
     tokens = sum(one.tokens for one in calls)
     for one in calls:
-        call = one.call
-        chosen = len(call.sequences) - len(call.silent)
+        call, ran_us, given, receivers = one.call, one.ran_us, one.tokens, one.receivers
+        starts, counts, silent = call.starts, call.counts, call.silent
+        chosen = len(call.sequences) - len(silent)
         choosing = one.chose_us // chosen if chosen else 0
         for row, index in enumerate(call.sequences):
             sequence = live.get(index)
             if sequence is None:  # its call failed: it is accounted for
                 continue
             account = sequence.account
-            count = call.counts[row] if call.counts else 1
-            rest = now_us - account.until_us - spent
-            account.ran(
-                now_us,
-                own_us=one.ran_us * count // one.tokens + rest * count // tokens,
-                sampling_us=0 if row in call.silent else choosing,
-                delivery_us=one.receivers.get(index, 0),
-                computed=call.starts[row] + count,
-            )
+            count = counts[row] if counts else 1
+            own_us = ran_us * count // given + (now_us - account.until_us - spent) * count // tokens
+            sampling_us = 0 if silent and row in silent else choosing
+            account.ran(now_us, own_us, sampling_us, receivers.get(index, 0), starts[row] + count)
             account.decoding = sequence.has_output
     for index in running:
         account = live[index].account

@@ -250,6 +250,8 @@ def keep_places(before: list[int], rows: list[PlannedRow]) -> list[PlannedRow]:
     before: the sequences of that call's rows.  New ones take the rows of those that left, or stand at the end; where
     more left than came, the last rows move into the holes, so that no more move than left.
     """
+    if [row[0] for row in rows] == before:
+        return rows
     coming = {row[0]: row for row in rows}
     if len(rows) == len(before) and coming.keys() == set(before):
         return [coming[index] for index in before]

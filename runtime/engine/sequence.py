@@ -35,6 +35,8 @@ class Output:
         self.tokens: list[int] = []
         self.records: list[TokenRecord] = []
         self._base = stream_base(sampling.seed, sampling.stream)
+        self._prompt_tokens = len(request.prompt)
+        self._most = sampling.max_tokens
         self._forced = request.forced_tokens or ()
         self._stops = frozenset(sampling.stop_token_ids)
         self._greedy = Draw(self._base, 0) if sampling.temperature == 0.0 else None
@@ -51,17 +53,9 @@ class Output:
         chosen, place = choices.tokens[row], len(self.tokens)
         fed = self._forced[place] if place < len(self._forced) else chosen
         self.tokens.append(fed)
-        self.records.append(
-            TokenRecord(
-                chosen,
-                choices.digests[row],
-                choices.logprobs[row],
-                choices.margins[row],
-                step,
-                len(self.request.prompt) + place,
-                emitted_us,
-            )
-        )
+        digest, logprob, margin = choices.digests[row], choices.logprobs[row], choices.margins[row]
+        position = self._prompt_tokens + place
+        self.records.append(TokenRecord(chosen, digest, logprob, margin, step, position, emitted_us))
         if fed in self._stops:
             return "stop"
         if self.constraint is not None:
@@ -71,7 +65,7 @@ class Output:
                 self.constraint = None  # forced off the grammar: what follows is unconstrained
             if self.constraint is not None and self.constraint.finished:
                 return "stop"
-        return "length" if place + 1 >= self.request.sampling.max_tokens else None
+        return "length" if place + 1 >= self._most else None
 
 
 def start_output(request: GenerationRequest, grammars: GrammarCompiler) -> Output:

@@ -42,7 +42,12 @@ class SchedulerState:
     @property
     def has_work(self) -> bool:
         """Whether another plan would say anything."""
-        return bool(self.releases or len(self.waiting)) or any(not one.held for one in self.running)
+        if self.releases or len(self.waiting):
+            return True
+        for one in self.running:  # the first will do, nearly always
+            if not one.held:
+                return True
+        return False
 
     def take(self) -> SequenceState:
         """Take the next sequence off the queue."""

@@ -195,7 +195,8 @@ class Stepper:
     ) -> None:
         """Choose the next token of every sampling row, hand it out, and note which sequences end with it."""
         began_us, call = self._clock(), times.call
-        live = [self.live[index] for index in call.sequences]
+        known = self.live
+        live = [known[index] for index in call.sequences]
         for sequence in live:
             sequence.steps.append(step)
         if call.silent:
