@@ -40,9 +40,9 @@ class SchedulingManifest(Manifest):
     """Row counts that a call is padded to, ascending."""
     engine_id: str = "engine-0"
     max_num_queued_reqs: PositiveCount | None = None
-    """Sequences that may wait; one more is refused with a time to come back."""
+    """Sequences that may wait beside those that find places; one more is refused with a time to come back."""
     max_num_queued_tokens: PositiveCount | None = None
-    """Tokens that the waiting sequences may have together."""
+    """Tokens that those may have together."""
     max_preemptions: Count | None = None
     """Times that a sequence may lose its blocks to others; None is no limit under `fcfs`, where the oldest never does,
     and 4 under the other policies."""

@@ -147,7 +147,7 @@ def choose(
         scores.put(first + tokens, chosen)
     sampled = [row for row, draw in enumerate(draws) if draw.temperature > 0.0]
     if sampled:
-        tokens[sampled] = _draw(scores[sampled], [draws[row] for row in sampled])
+        tokens[sampled] = draw_tokens(scores[sampled], [draws[row] for row in sampled])
         chosen = logits.take(first + tokens)
     totals = np.add.reduce(np.exp(work, out=work), axis=1)
     logprobs = (chosen - peaks) - np.log(totals, dtype=np.float64)
@@ -160,7 +160,7 @@ def choose(
     )
 
 
-def _draw(scores: Floats, draws: Sequence[Draw]) -> list[int]:
+def draw_tokens(scores: Floats, draws: Sequence[Draw]) -> list[int]:
     """Invert the cumulative distribution of each row at its fraction; `scores` [n, vocabulary] is overwritten."""
     scores -= scores.max(axis=1, keepdims=True)
     scores /= np.array([draw.temperature for draw in draws], dtype=np.float32)[:, None]

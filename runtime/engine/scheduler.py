@@ -84,20 +84,25 @@ def submit(
 
 
 def _check_queue(state: SchedulerState, tokens: int) -> None:
-    """Raise SequenceRefused when the queue takes no more; an empty one takes anything."""
+    """Raise SequenceRefused when the queue takes no more; one in which nobody has to wait takes anything."""
     settings, depth = state.settings, len(state.waiting)
     most, most_tokens = settings.max_num_queued_reqs, settings.max_num_queued_tokens
-    full = most is not None and depth >= most
-    if not depth or not (full or (most_tokens is not None and state.queued_tokens + tokens > most_tokens)):
+    left, left_tokens = _left_over(state)
+    full = most is not None and left >= most
+    if not left or not (full or (most_tokens is not None and left_tokens + tokens > most_tokens)):
         return
     raise SequenceRefused(
-        f"{depth} sequences with {state.queued_tokens} tokens wait already; "
-        + (f"{most} may wait" if full else f"{tokens} tokens more would exceed {most_tokens}"),
+        f"{depth} sequences with {state.queued_tokens} tokens wait already"
+        + (f", {depth - left} of them for the next step; " if left < depth else "; ")
+        + (f"{most} may wait longer" if full else f"{tokens} tokens more would exceed {most_tokens}"),
         reason="queue_full",
         evidence={
             "queue_depth": depth,
             "queued_tokens": state.queued_tokens,
-            "excess": _excess(state, tokens),
+            "excess": {
+                "sequences": 0 if most is None else max(0, left + 1 - most),
+                "tokens": 0 if most_tokens is None else min(left_tokens, left_tokens + tokens - most_tokens),
+            },
             "reservation_failure": "max_num_queued_reqs" if full else "max_num_queued_tokens",
             "memory_pressure": {"free_blocks": state.cache.available, "num_blocks": settings.num_blocks},
         },
@@ -105,14 +110,17 @@ def _check_queue(state: SchedulerState, tokens: int) -> None:
     )
 
 
-def _excess(state: SchedulerState, tokens: int) -> dict[str, int]:
-    """Return what must leave the queue before so many tokens more can enter it."""
-    settings = state.settings
-    most, most_tokens = settings.max_num_queued_reqs, settings.max_num_queued_tokens
-    return {
-        "sequences": 0 if most is None else max(0, len(state.waiting) + 1 - most),
-        "tokens": 0 if most_tokens is None else min(state.queued_tokens, state.queued_tokens + tokens - most_tokens),
-    }
+def _left_over(state: SchedulerState) -> tuple[int, int]:
+    """Return how many waiting sequences, with how many tokens, find neither a free place nor free blocks now.
+
+    All are reckoned at their mean length: who is how long is not looked at, so that a long queue costs nothing.
+    """
+    settings, depth = state.settings, len(state.waiting)
+    if not depth:
+        return 0, 0
+    room = max(0, state.cache.available - settings.watermark_blocks) * settings.block_size
+    left = depth - min(depth, settings.max_num_seqs - len(state.running), depth * room // state.queued_tokens)
+    return left, state.queued_tokens * left // depth
 
 
 def withdraw(state: SchedulerState, index: int, *, reason: str) -> bool:

@@ -42,12 +42,7 @@ class SchedulerState:
     @property
     def has_work(self) -> bool:
         """Whether another plan would say anything."""
-        if self.releases or len(self.waiting):
-            return True
-        for one in self.running:  # the first will do, nearly always
-            if not one.held:
-                return True
-        return False
+        return bool(self.releases or len(self.waiting)) or any(not one.held for one in self.running)
 
     def take(self) -> SequenceState:
         """Take the next sequence off the queue."""

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from runtime.engine import sampling
-from runtime.engine.sampling import Choices, Draw, Scratch, choose, stream_base
+from runtime.engine.sampling import Choices, Draw, Scratch, choose, draw_tokens, stream_base
 
 finite = (
     st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -34,7 +33,7 @@ def plainly(logits: NDArray[np.float32], draws: list[Draw], allowed: NDArray[np.
     margins = best - others.max(axis=1)
     for row, draw in enumerate(draws):
         if draw.temperature > 0.0:
-            tokens[row] = sampling._draw(scores[[row]], [draw])[0]
+            tokens[row] = draw_tokens(scores[[row]], [draw])[0]
     totals = np.exp(np.ascontiguousarray(logits - peaks[:, None])).sum(axis=1)
     logprobs = (logits[rows, tokens] - peaks).astype(np.float64) - np.log(totals.astype(np.float64))
     return Choices(

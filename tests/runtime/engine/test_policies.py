@@ -185,16 +185,49 @@ def serve(state: SchedulerState, steps: int) -> list[StepPlan]:
 
 
 def test_a_full_queue_refuses_with_its_depth_and_an_empty_one_takes_anything() -> None:
-    state = new_state(settings_of(max_num_queued_tokens=5))
-    submit(state, 0, prompt=(1,) * 9, max_tokens=1, tenant="a")
+    state = new_state(settings_of(max_num_queued_tokens=5, max_num_seqs=1))
+    submit(state, 0, prompt=(2,), max_tokens=1, tenant="a")
+    run(state)
+    submit(state, 1, prompt=(1,) * 9, max_tokens=1, tenant="a")
     with pytest.raises(SequenceRefused) as caught:
-        submit(state, 1, prompt=(1,), max_tokens=1, tenant="a")
+        submit(state, 2, prompt=(1,), max_tokens=1, tenant="a")
     assert caught.value.failure_class is FailureClass.CAPACITY_ADMISSION
     evidence = caught.value.complete_evidence()
     assert (evidence["queue_depth"], evidence["queued_tokens"]) == (1, 9)
     assert evidence["excess"] == {"sequences": 0, "tokens": 5}
+    withdraw(state, 0, reason="length")
+    submit(state, 2, prompt=(1,), max_tokens=1, tenant="a")
+
+
+def burst(state: SchedulerState, count: int, *, tokens: int) -> int:
+    """Submit so many at once; return how many the queue took."""
+    for index in range(count):
+        try:
+            submit(state, index, prompt=(index,) * tokens, max_tokens=1, tenant="a")
+        except SequenceRefused as refusal:
+            assert refusal.evidence["queue_depth"] == index
+            return index
+    return count
+
+
+def test_what_the_next_step_would_run_does_not_count_as_queued() -> None:
+    """An idle engine with eight places and a queue of two takes ten at once, and runs eight of them."""
+    pins = {"max_num_seqs": 8, "batch_sizes": (8,), "max_num_batched_tokens": 16, "num_blocks": 12}
+    state = new_state(settings_of(max_num_queued_reqs=2, **pins))
+    assert burst(state, 20, tokens=2) == 10
     run(state)
-    submit(state, 1, prompt=(1,), max_tokens=1, tenant="a")
+    assert (len(state.running), len(state.waiting)) == (8, 2)
+    with pytest.raises(SequenceRefused):
+        submit(state, 20, prompt=(1,), max_tokens=1, tenant="a")
+    withdraw(state, 0, reason="length")
+    submit(state, 20, prompt=(1,), max_tokens=1, tenant="a")
+    assert burst(new_state(settings_of(max_num_queued_tokens=5, **pins)), 20, tokens=2) == 10
+
+
+def test_places_without_blocks_are_none() -> None:
+    """Twelve blocks hold four prompts of three blocks, so that four of eight places are worth something."""
+    pins = {"max_num_seqs": 8, "batch_sizes": (8,), "num_blocks": 12}
+    assert burst(new_state(settings_of(max_num_queued_reqs=2, **pins)), 20, tokens=12) == 6
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_with_the_reckoning() -> None:

@@ -6,6 +6,7 @@ A state machine drives the scheduler as the loop does, with a shadow of what eve
 from __future__ import annotations
 
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -89,7 +90,7 @@ class Engine(RuleBasedStateMachine):
         index, waiting = len(self.tokens), len(self.state.waiting)
         prompt = tuple([1] * common + [2 + index % 3] * own)
         deadline_us = None if due is None else self.now_us + due * STEP_US
-        full = self.settings.max_num_queued_reqs is not None and waiting >= self.settings.max_num_queued_reqs
+        full = self.full()
         arguments = {"tenant": tenant, "priority": priority, "deadline_us": deadline_us, "now_us": self.now_us}
         if len(prompt) + more > self.settings.longest_sequence or full:
             with pytest.raises(SequenceRefused):
@@ -107,6 +108,17 @@ class Engine(RuleBasedStateMachine):
         self.owner[index] = "all" if self.settings.share_prefixes else tenant
         self.priority[index] = priority
         self.deadline[index] = deadline_us
+
+    def full(self) -> bool:
+        """Whether as many wait as may, beside those that find a place and, at their mean length, blocks."""
+        most, queue = self.settings.max_num_queued_reqs, self.waiting()
+        if most is None or len(queue) < most:
+            return False
+        held = {block for table in self.tables.values() for block in table}
+        blocks = self.settings.num_blocks - len(held) - self.settings.watermark_blocks
+        mean = Fraction(sum(len(self.tokens[index]) for index in queue), len(queue))
+        places = min(self.settings.max_num_seqs - len(self.tables), max(0, blocks) * BLOCK // mean)
+        return len(queue) - places >= most
 
     @rule(pick=st.integers(0, 100))
     def cancel(self, pick: int) -> None:
