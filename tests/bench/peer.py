@@ -3,7 +3,7 @@
     python -m tests.bench.peer KIND CHECKPOINT WORK
 
 A task is {"batch", "length", "new", "seed"}: so many random prompts of one length, so many greedy tokens after each,
-nothing ends early.  The answer is {"cpu_s", "tokens"}: CPU seconds of the whole process, and the first row's tokens.
+nothing ends early.  The answer is {"cpu_s", "tokens"}: CPU seconds of the whole process, and each row's tokens.
 """
 
 from __future__ import annotations
@@ -120,6 +120,13 @@ def onnxruntime_genai(checkpoint: Path, work: Path) -> Generate:
     return generate
 
 
+def llama_cpp_python(checkpoint: Path, work: Path, *, flash: bool) -> Generate:
+    """llama.cpp under its Python bindings, as it comes (flash attention) or in float32 throughout."""
+    from tests.bench.llama import Decoder, write_gguf
+
+    return Decoder(write_gguf(checkpoint, work / "model.gguf"), flash=flash).generate
+
+
 KINDS: dict[str, Callable[[Path, Path], Generate]] = {
     "replaylab onnxruntime": lambda c, w: replaylab(c, w, backend="onnxruntime", batch_invariant=False),
     "replaylab onnxruntime, invariant": lambda c, w: replaylab(c, w, backend="onnxruntime", batch_invariant=True),
@@ -129,6 +136,8 @@ KINDS: dict[str, Callable[[Path, Path], Generate]] = {
     "replaylab eager, invariant": lambda c, w: replaylab(c, w, backend="eager", batch_invariant=True),
     "transformers": transformers,
     "onnxruntime-genai": onnxruntime_genai,
+    "llama-cpp-python": lambda c, w: llama_cpp_python(c, w, flash=True),
+    "llama-cpp-python, float32": lambda c, w: llama_cpp_python(c, w, flash=False),
 }
 
 
@@ -140,7 +149,7 @@ def run_task(generate: Generate, task: dict[str, int]) -> dict[str, Any]:
     spent = time.process_time() - began
     if any(len(row) != task["new"] for row in rows):
         raise RuntimeError(f"asked for {task['new']} tokens a row, got {sorted({len(row) for row in rows})}")
-    return {"cpu_s": spent, "tokens": rows[0]}
+    return {"cpu_s": spent, "tokens": rows}
 
 
 def main(arguments: list[str]) -> int:

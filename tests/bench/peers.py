@@ -3,8 +3,10 @@
     python -m tests.bench.peers [--json FILE] [--only TEXT] [--repetitions N]
 
 Every engine is a process of its own with one compute thread.  They take turns, case by case, so that a busy machine
-weighs on all alike; figures are tokens per CPU-second, and ratios are medians over the turns.  Decode is
-B*64 / (T(65) - T(1)) on prompts of 32 tokens, prefill B*L / T(1); prompts are fresh each time.
+weighs on all alike; figures are tokens per CPU-second, and ratios are medians over the turns: to transformers, of which
+everyone knows the speed, and to onnxruntime-genai, the fastest of the others at decoding.  Decode is
+B*64 / (T(65) - T(1)) on prompts of 32 tokens, prefill B*L / T(1); prompts are fresh each time.  Before that, all
+generate greedily from the same 128 prompts, and every row that differs from transformers' is told.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.bench.comparison import quiet_checkpoint
+from tests.bench.installs import Absent, install
 from tests.bench.peer import KINDS
 
-REFERENCE = "transformers"
-GENAI = "onnxruntime-genai>=0.18,<0.19"
-"""Installed beside the environment, not into it: it brings a native library that expects its own ONNX Runtime."""
+REFERENCES = ("transformers", "onnxruntime-genai")
+JUDGE = REFERENCES[0]
+"""Whose greedy tokens the others' are held against."""
 DECODED = 64
+COMPARED = [{"batch": 32, "length": 32, "new": 48, "seed": seed} for seed in range(4)]
 
 
 class Case(NamedTuple):
@@ -50,10 +54,6 @@ CASES = (
     Case("prefill 8x256", 8, 256, False),
     Case("prefill 32x64", 32, 64, False),
 )
-
-
-class Absent(Exception):
-    """An engine that cannot be compared here, with the reason."""
 
 
 class Peer:
@@ -87,10 +87,9 @@ class Peer:
             return case.tokens / first
         return case.tokens / (self._run(case, new=DECODED + 1, seed=2 * seed + 1) - first)
 
-    def tokens(self, seed: int) -> list[int]:
-        """Generate from one prompt; greedy tokens of equal arithmetic are equal."""
-        task = {"batch": 1, "length": 32, "new": 16, "seed": seed}
-        return list(self._ask(task)["tokens"])
+    def tokens(self) -> list[list[int]]:
+        """Generate from the compared prompts; greedy tokens of equal arithmetic are equal."""
+        return [row for task in COMPARED for row in self._ask(task)["tokens"]]
 
     def close(self) -> None:
         """End the process."""
@@ -124,30 +123,16 @@ class Peer:
         return answer
 
 
-def install_genai(cache: Path) -> Path:
-    """Install ONNX Runtime GenAI into a folder of its own, once."""
-    folder = cache / "onnxruntime-genai"
-    if not (folder / "onnxruntime_genai").is_dir():
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), GENAI]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise Absent(f"not installed: {done.stderr.strip().splitlines()[-1]}")
-    return folder
-
-
 def start(kind: str, checkpoint: Path, work: Path, cache: Path) -> Peer:
     """Start one engine; raises Absent with the reason where it is not to be had."""
-    paths = [install_genai(cache)] if kind == "onnxruntime-genai" else []
-    return Peer(kind, checkpoint, work / kind.replace(" ", "-").replace(",", ""), paths=paths)
+    folder = work / kind.replace(" ", "-").replace(",", "")
+    return Peer(kind, checkpoint, folder, paths=install(kind, cache))
 
 
 def compare(kinds: list[str], *, cache: Path, repetitions: int) -> dict[str, Any]:
-    """Measure all engines in turns and return figures, ratios to the reference, and who is absent."""
-    absent = {
-        "llama-cpp-python": "not installed: a source distribution of ten CPU-minutes that this bench does not build"
-    }
+    """Measure all engines in turns and return figures, ratios to the references, answers, and who is absent."""
+    absent: dict[str, str] = {}
     peers: dict[str, Peer] = {}
-    figures: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="replaylab-peers-") as folder:
         checkpoint = quiet_checkpoint(Path(folder) / "checkpoint")
         try:
@@ -156,48 +141,85 @@ def compare(kinds: list[str], *, cache: Path, repetitions: int) -> dict[str, Any
                     peers[kind] = start(kind, checkpoint, Path(folder), cache)
                 except Absent as reason:
                     absent[kind] = str(reason)
-            answers = {kind: peer.tokens(0) for kind, peer in peers.items()}
-            for case in CASES:
-                print(f"{case.name}: {len(peers)} engines, {repetitions} turns", file=sys.stderr, flush=True)
-                for turn in range(repetitions + 1):
-                    for kind, peer in peers.items():
-                        speed = peer.measure(case, turn)
-                        if turn:  # the first turn warms up
-                            figures.setdefault(kind, {}).setdefault(case.name, []).append(speed)
+            answers = {kind: peer.tokens() for kind, peer in peers.items()}
+            figures = take_turns(peers, absent, repetitions=repetitions)
         finally:
             for peer in peers.values():
                 peer.close()
     return {"figures": figures, "ratios": ratios(figures), "absent": absent, "answers": answers}
 
 
-def ratios(figures: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    """Give each engine's speed over the reference's, median over the turns in which both ran side by side."""
-    reference = figures.get(REFERENCE)
-    if reference is None:
-        return {}
+def take_turns(
+    peers: dict[str, Peer], absent: dict[str, str], *, repetitions: int
+) -> dict[str, dict[str, list[float]]]:
+    """Measure every case of every engine; one that fails leaves the comparison, with its figures, for `absent`."""
+    figures: dict[str, dict[str, list[float]]] = {kind: {} for kind in peers}
+    for case in CASES:
+        print(f"{case.name}: {len(figures)} engines, {repetitions} turns", file=sys.stderr, flush=True)
+        for turn in range(repetitions + 1):
+            for kind in list(figures):
+                try:
+                    speed = peers[kind].measure(case, turn)
+                except Absent as reason:
+                    absent[kind] = f"failed at {case.name}: {reason}"
+                    del figures[kind]
+                    continue
+                if turn:  # the first turn warms up
+                    figures[kind].setdefault(case.name, []).append(speed)
+    return figures
+
+
+def ratios(figures: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Give each engine's speed over each reference's, median over the turns in which both ran side by side."""
     return {
-        kind: {
-            name: statistics.median(ours / theirs for ours, theirs in zip(speeds, reference[name], strict=True))
-            for name, speeds in cases.items()
+        reference: {
+            kind: {
+                name: statistics.median(ours / theirs for ours, theirs in zip(speeds, measured[name], strict=True))
+                for name, speeds in cases.items()
+            }
+            for kind, cases in figures.items()
         }
-        for kind, cases in figures.items()
+        for reference in REFERENCES
+        if (measured := figures.get(reference)) is not None
     }
 
 
 def table(found: dict[str, Any]) -> str:
-    """Write the comparison for a terminal: tokens per CPU-second, and in brackets the ratio to the reference."""
+    """Write the comparison for a terminal: tokens per CPU-second, and the ratio to each reference."""
     names = [case.name for case in CASES]
-    lines = [f"tokens per CPU-second, one thread (times {REFERENCE})", " " * 34 + "".join(f"{n:>17}" for n in names)]
+    lines = [
+        f"tokens per CPU-second, one thread; times {', times '.join(REFERENCES)}",
+        " " * 34 + "".join(f"{name:>20}" for name in names),
+    ]
     for kind, cases in found["figures"].items():
-        ratio = found["ratios"].get(kind, {})
-        cells = [f"{statistics.median(cases[n]):8.0f} ({ratio.get(n, float('nan')):4.2f})" for n in names]
-        lines.append(f"{kind:34}" + "".join(f"{cell:>17}" for cell in cells))
+        cells = [f"{statistics.median(cases[name]):8.0f}" + _ratios_of(found["ratios"], kind, name) for name in names]
+        lines.append(f"{kind:34}" + "".join(f"{cell:>20}" for cell in cells))
     lines += [f"{kind:34}{reason}" for kind, reason in found["absent"].items()]
-    answers: dict[str, list[int]] = found["answers"]
-    others = [kind for kind, tokens in answers.items() if tokens != answers.get(REFERENCE, tokens)]
-    same = "all give the same tokens to one prompt, greedy"
-    lines.append(f"other tokens than {REFERENCE}: {', '.join(others)}" if others else same)
-    return "\n".join(lines)
+    return "\n".join([*lines, *judged(found["answers"])])
+
+
+def _ratios_of(found: dict[str, dict[str, dict[str, float]]], kind: str, name: str) -> str:
+    """The ratios of one figure; a dash stands for a reference that is absent."""
+    return "".join(f"{found[one][kind][name]:6.2f}" if one in found else f"{'-':>6}" for one in REFERENCES)
+
+
+def judged(answers: dict[str, list[list[int]]]) -> list[str]:
+    """Say whose greedy tokens are the reference's, and where the others' first are not."""
+    if JUDGE not in answers:
+        return [f"greedy tokens not compared: no {JUDGE}"]
+    expected, same, lines = answers[JUDGE], list[str](), list[str]()
+    for kind, rows in answers.items():
+        parted = [
+            next(place for place, (one, other) in enumerate(zip(row, wanted, strict=True)) if one != other)
+            for row, wanted in zip(rows, expected, strict=True)
+            if row != wanted
+        ]
+        if parted:
+            lines.append(f"greedy tokens of {kind}: {len(parted)} of {len(rows)} prompts differ, from token {parted}")
+        elif kind != JUDGE:
+            same.append(kind)
+    shape = f"{len(expected)} prompts, {len(expected[0])} tokens each"
+    return [f"greedy tokens equal to {JUDGE} ({shape}): {'; '.join(same) or 'none'}", *lines]
 
 
 def main(arguments: list[str] | None = None) -> int:
