@@ -194,19 +194,27 @@ def _one_shot(event: TraceEvent) -> RequestSummary:
 def last_incident(ledger: Ledger) -> Target | None:
     """Return the newest incident, or None when all is well.
 
-    An incident is a live request that did not end well, or a faithful replay under unchanged pins that diverged: what
-    was changed on purpose, or run alone, may well differ.
+    An incident is a live or one-shot request that did not end well, or a faithful replay under unchanged pins that
+    diverged: what was changed on purpose, or run alone, may well differ.  A replay of a one-shot request keeps no
+    more than a verdict, so its incident is the request that it replayed.
     """
-    by_type = _by_type(ledger.events(event_type=("run.started", "request.terminal", "replay.verdict")))
+    wanted = ("run.started", "request.terminal", "oneshot.request", "replay.verdict")
+    by_type = _by_type(ledger.events(event_type=wanted))
+    ended = [*by_type["request.terminal"], *by_type["oneshot.request"]]
     replays = {event.run_id: event for event in by_type["run.started"] if kind_of(event) == "replay"}
-    bad = [event for event in by_type["request.terminal"] if event.status != "ok" and event.run_id not in replays]
+    bad = [event for event in ended if event.status != "ok" and event.run_id not in replays]
     for event in by_type["replay.verdict"]:
         started = replays.get(event.run_id)
         on_purpose = started is not None and (started.payload.get("set") or started.payload.get("mode") != "faithful")
         if event.payload.get("verdict") == "diverged" and not on_purpose:
             bad.append(event)
     newest = max((event for event in bad if event.request_ref), key=lambda event: event.ts_us, default=None)
-    return None if newest is None else Target(run_id=newest.run_id, request_ref=newest.request_ref)
+    if newest is None:
+        return None
+    started = replays.get(newest.run_id)
+    verdict_only = started is not None and started.payload.get("of") == "inference"
+    home = str(started.payload["parent_run"]) if started is not None and verdict_only else newest.run_id
+    return Target(run_id=home, request_ref=newest.request_ref)
 
 
 def resolve(ledger: Ledger, text: str) -> Target:

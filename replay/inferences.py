@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from manifests.hardware import HardwareManifest
 from replay.catalog import kind_of
-from replay.errors import IncompleteRecord
+from replay.errors import IncompleteRecord, UnknownRecording
 from replay.preparations import hardware_of
 
 if TYPE_CHECKING:
@@ -78,6 +78,16 @@ class RecordedInferences:
 def is_inference(ledger: Ledger, run_id: str) -> bool:
     """Tell whether a run answered requests with a one-shot package."""
     return any(kind_of(event) == "inference" for event in ledger.events(run_id=run_id, event_type="run.started"))
+
+
+def refuse_replay(ledger: Ledger, run_id: str) -> None:
+    """Refuse a replay of one-shot requests where outputs are wanted: UnknownRecording, naming what it replayed."""
+    for event in ledger.events(run_id=run_id, event_type="run.started"):
+        if event.payload.get("of") == "inference" and kind_of(event) == "replay":
+            raise UnknownRecording(
+                f"{run_id} is a replay of one-shot requests: it keeps a verdict on each, and no outputs of its own",
+                fix=f"Replay again to see what differs: replay run {event.payload['parent_run']}",
+            )
 
 
 def load_inferences(ledger: Ledger, run_id: str) -> RecordedInferences:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from replay.catalog import Target, list_requests, resolve, short
 from replay.commands import screen
+from replay.commands.pins import print_pins, print_preparation
 from replay.errors import UnknownRecording
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from traces.ledger.ledger import Ledger
 
 EXAMPLE = """\
-A and B are requests; RUN/REQUEST names a request of a replay.  Two runs are compared when one replays the other.
+A and B are requests; RUN/REQUEST names a request of a replay.  Two runs are compared when one replays the other;
+runs of one-shot requests (replaylab infer) where they had the same inputs.
 example:
   replay diff req_0199a req_0199b
   replay diff req_0199a run_0199/req_0199a      a request and one of its replays
@@ -35,12 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Compare two requests, or a run and its replay request by request."""
     from replay.comparison import compare_requests
+    from replay.inferences import is_inference, refuse_replay
+    from replay.preparations import is_preparation
 
     ledger = screen.open_ledger(arguments.ledger)
     left, right = resolve(ledger, arguments.left), resolve(ledger, arguments.right)
     if (left.request_ref is None) != (right.request_ref is None):
         raise UnknownRecording("one is a run, the other a request", fix="Give two requests, or two runs.")
-    if left.request_ref is None and _prepared(ledger, left, right):
+    for target in (left, right):
+        refuse_replay(ledger, target.run_id)
+    if _both(is_inference, ledger, (left, right), what="a one-shot recording"):
+        from replay.commands.inference import diff_inferences
+
+        return diff_inferences(ledger, left, right, as_json=arguments.json, brief=arguments.brief)
+    if left.request_ref is None and _both(is_preparation, ledger, (left, right), what="a preparation"):
         from replay.commands.preparation import diff_preparations
 
         return diff_preparations(ledger, left.run_id, right.run_id, as_json=arguments.json)
@@ -54,13 +63,11 @@ def run(arguments: argparse.Namespace) -> int:
     return _runs(ledger, left, right, as_json=arguments.json)
 
 
-def _prepared(ledger: Ledger, left: Target, right: Target) -> bool:
-    """Tell whether both runs are preparations; UnknownRecording when only one is."""
-    from replay.preparations import is_preparation
-
-    kinds = [is_preparation(ledger, target.run_id) for target in (left, right)]
+def _both(is_one: Callable[[Ledger, str], bool], ledger: Ledger, targets: Sequence[Target], *, what: str) -> bool:
+    """Tell whether both recordings are of a kind; UnknownRecording when only one is."""
+    kinds = [is_one(ledger, target.run_id) for target in targets]
     if any(kinds) and not all(kinds):
-        raise UnknownRecording("one is a preparation, the other is not", fix="Give two preparations, or two requests.")
+        raise UnknownRecording(f"one is {what}, the other is not", fix="Give two of a kind: replay list shows them.")
     return all(kinds)
 
 
@@ -91,7 +98,7 @@ def _runs(ledger: Ledger, left: Target, right: Target, *, as_json: bool) -> int:
             for one in found
         ]
         screen.print_table(out, ("request", "verdict", "layer", "what"), rows)
-        _print_pins(out, found[0]["pins"])
+        print_pins(out, found[0]["pins"])
     return 0 if all(one["verdict"] in ("exact", "within_tolerance") for one in found) else 1
 
 
@@ -101,8 +108,8 @@ def _print(found: dict[str, Any], *, brief: bool) -> None:
     out.print(f"A  {found['left']['request']} of {found['left']['run']}", soft_wrap=True)
     out.print(f"B  {found['right']['request']} of {found['right']['run']}", soft_wrap=True)
     out.print(screen.verdict_text(found["verdict"]), found["detail"], soft_wrap=True)
-    _print_pins(out, found["pins"])
-    _print_preparation(out, found["preparation"])
+    print_pins(out, found["pins"])
+    print_preparation(out, found["preparation"])
     if brief:
         return
     if found["tokens"]:
@@ -139,43 +146,12 @@ def _print(found: dict[str, Any], *, brief: bool) -> None:
     screen.print_table(out, ("stage", "A", "B", "B - A"), times)
 
 
-def _print_pins(out: Console, pins: list[dict[str, Any]]) -> None:
-    if not pins:
-        out.print("\nno pin differs")
-        return
-    out.print("\n[bold]pins that differ[/bold]")
-    explains = {"direct": "can explain it", "observed": "a result, not a cause", "inert": "changes no result"}
-    rows = [
-        (row["pin"], _value(row["left"]), _value(row["right"]), explains.get(row["role"] or "", "")) for row in pins
-    ]
-    screen.print_table(out, ("pin", "A", "B", ""), rows)
-
-
-def _print_preparation(out: Console, found: dict[str, Any] | None) -> None:
-    """Say at which preparation stage the two packages part, and in what."""
-    if found is None:
-        return
-    first = found["first_stage"]
-    if first is None:
-        out.print(f"\nthe packages are the same in the first {found['stages_compared']} preparation stages")
-        return
-    names = [str(field["field"]) for field in found["fields"]]
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    said = f"\nthe packages part at preparation stage {first}"
-    out.print(said + (f": {', '.join(names[:4])}{more}" if names else ""), soft_wrap=True, markup=False)
-
-
 def _token(row: dict[str, Any], side: str) -> str:
     """Return a token's id and text."""
     if row[side] is None:
         return "(ended)"
     text = row[f"{side}_text"]
     return str(row[side]) if text is None else f"{row[side]} {text!r}"
-
-
-def _value(value: Any) -> str:
-    text = "-" if value is None else str(value)
-    return text[:19] if text.startswith("sha256:") else text if len(text) <= 48 else text[:45] + "..."
 
 
 def _margin(value: float | None) -> str:

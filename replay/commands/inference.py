@@ -1,9 +1,9 @@
-"""How was a one-shot request answered, and does it give the same bits again?  `show` and `run` on inference runs."""
+"""How was a one-shot request answered, and does it give the same bits?  `show`, `run` and `diff` on inference runs."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from replay.catalog import Target, short
 from replay.commands import screen
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from traces.ledger.ledger import Ledger
 
 MODES = ("faithful", "alone")
+ALIKE = 24
+"""Digits of an id that tell apart what was sent in one millisecond."""
 
 
 def show_inference(ledger: Ledger, target: Target, *, as_json: bool) -> int:
@@ -69,6 +71,48 @@ def run_inference(arguments: argparse.Namespace, ledger: Ledger, target: Target)
     else:
         _print(found, arguments.mode)
     return EXIT_FAILED if any(died(verdict) for verdict in found) else exit_code(found)
+
+
+def diff_inferences(ledger: Ledger, left: Target, right: Target, *, as_json: bool, brief: bool) -> int:
+    """Compare two one-shot requests, or two runs of them; returns 0 when all are the same to the bit."""
+    from replay.commands.pins import print_pins, print_preparation
+    from replay.inference_comparison import compare_inferences
+
+    found = compare_inferences(ledger, left, right)
+    pairs = found["requests"]
+    same = all(one["verdict"] == "exact" for one in pairs)
+    if as_json:
+        screen.print_json(found)
+        return 0 if same else 1
+    out = screen.console()
+    for side, name in (("A", "left"), ("B", "right")):
+        seen = found[name]
+        said = f"{side}  {seen['run']}, package {seen['package'][:19]}, {len(pairs)} of {seen['requests']} compared"
+        out.print(said, soft_wrap=True, markup=False)
+    rows = [
+        (
+            short(one["left"]["request"], ALIKE),
+            short(one["right"]["request"], ALIKE),
+            screen.verdict_text(one["verdict"]),
+            one["layer"],
+            one["detail"],
+        )
+        for one in pairs
+    ]
+    screen.print_table(out, ("A", "B", "verdict", "layer", "what"), rows)
+    print_pins(out, found["pins"])
+    print_preparation(out, found["preparation"])
+    if not brief:
+        out.print("\n[bold]calls and times[/bold]")
+        columns = ("A", "call", "took", "B", "call", "took")
+        screen.print_table(out, columns, [(*_call(one["left"]), *_call(one["right"])) for one in pairs])
+    return 0 if same else 1
+
+
+def _call(seen: dict[str, Any]) -> tuple[str, str, str]:
+    """Say which request, in which place of which call, and how long it took."""
+    where = "none" if seen["batch"] is None else f"{seen['batch']}: row {seen['offset']} of {seen['padded']}"
+    return short(seen["request"], ALIKE), where, screen.duration(seen["duration_us"])
 
 
 def _check(arguments: argparse.Namespace, any_requests: bool) -> None:

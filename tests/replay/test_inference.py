@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save
 
 import replaylab
-from replay.catalog import list_runs
+from replay.catalog import list_requests, list_runs
 from replay.cli import main
 from replay.inference_worker import first_difference
 from runtime.prepare.pipeline import prepare
@@ -130,3 +132,111 @@ def test_the_first_output_that_differs_is_named() -> None:
     assert first_difference({"a": "1", "b": "2"}, {"a": "1", "b": "2"}) is None
     assert first_difference({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "x", "c": "y"}) == "b"
     assert first_difference({"b": "2"}, {"a": "1", "b": "2"}) == "a"
+
+
+def _again(recorded: tuple[Path, str, str], *changed: int) -> str:
+    """Answer the six requests again, some with other inputs; returns the run."""
+    ledger, _, package = recorded
+    files = [str(ledger.parent / f"{index}.npz") for index in range(6)]
+    for index in changed:
+        features = np.load(files[index])["features"] + np.float32(1)
+        files[index] = str(ledger.parent / f"changed-{index}.npz")
+        np.savez(files[index], features=features)
+    assert replaylab.main(["infer", package, *files, "--ledger", str(ledger)]) == 0
+    opened = Ledger(ledger)
+    opened.drain()
+    return list_runs(opened)[0].run_id
+
+
+def _altered(recorded: tuple[Path, str, str], **columns: Any) -> str:
+    """Write a run whose one request is a recorded one, altered; returns the run."""
+    ledger, run_id, _ = recorded
+    opened = Ledger(ledger)
+    events = opened.events(run_id=run_id)
+    begun = next(event for event in events if event.event_type == "run.started")
+    answered = next(event for event in events if event.event_type == "oneshot.request")
+    other = f"run_{random_ids()}"
+    with Recorder(ledger, run_id=other, component="test") as recorder:
+        recorder.commit("run.started", payload=begun.payload, track="B", input_ref=begun.input_ref)
+        columns = {"status": "ok", "payload": answered.payload, "result_ref": answered.result_ref} | columns
+        recorder.commit(
+            "oneshot.request", request_ref=f"req_{random_ids()}", track="B", input_ref=answered.input_ref, **columns
+        )
+    opened.drain()
+    return other
+
+
+def test_two_runs_are_compared_where_they_had_the_same_inputs(
+    recorded: tuple[Path, str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger, run_id, _ = recorded
+    code, found = asked(capsys, ledger, "diff", run_id, _again(recorded, 2))
+    assert (code, len(found["requests"]), found["right"]["requests"]) == (0, 5, 6)
+    assert {one["verdict"] for one in found["requests"]} == {"exact"}
+    other = _again(recorded, *range(6))
+    assert main(["diff", run_id, other, "--ledger", str(ledger)]) == 2
+    assert "had the same inputs" in capsys.readouterr().err
+    one, two = (list_requests(Ledger(ledger), run)[0].request_ref for run in (run_id, other))
+    code, found = asked(capsys, ledger, "diff", one, two)
+    assert (code, found["requests"][0]["layer"]) == (1, "input")
+
+
+def test_a_difference_of_two_one_shot_runs_is_named_by_its_layer_and_output(
+    recorded: tuple[Path, str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger, run_id, _ = recorded
+    opened = Ledger(ledger)
+    answered = next(event for event in opened.events(run_id=run_id) if event.event_type == "oneshot.request")
+    arrays = load_arrays(opened.read_blob(str(answered.result_ref)))
+    arrays["probabilities"] = arrays["probabilities"] + np.float32(0.25)
+    with Recorder(ledger, run_id=f"run_{random_ids()}", component="test") as recorder:
+        recorder.commit("run.started", payload={"kind": "live"})
+        result = recorder.put_blob(save(arrays))
+    outputs = answered.payload["outputs"] | {"probabilities": "sha256:" + "0" * 64}
+    bits = _altered(recorded, payload=answered.payload | {"outputs": outputs}, result_ref=result)
+    code, found = asked(capsys, ledger, "diff", run_id, bits)
+    (pair,) = found["requests"]
+    assert (code, pair["layer"], pair["first_output"]) == (1, "bits", "probabilities")
+    assert "by 0.25 at most" in pair["detail"]
+    assert main(["diff", run_id, bits, "--ledger", str(ledger)]) == 1
+    said = capsys.readouterr().out
+    assert "1 of 6 compared" in said and "no pin differs" in said and "row 0 of" in said
+
+
+def test_the_newest_one_shot_failure_is_the_incident(
+    recorded: tuple[Path, str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger, run_id, _ = recorded
+    assert main(["last", "--ledger", str(ledger)]) == 0
+    answered = next(event for event in Ledger(ledger).events(run_id=run_id) if event.event_type == "oneshot.request")
+    error = {"failure_class": "model_provider", "message": "the call broke"}
+    payload = answered.payload | {"outputs": {}, "error": error}
+    failed = _altered(recorded, payload=payload, status="error", failure_class="model_provider", result_ref=None)
+    capsys.readouterr()
+    assert main(["last", "--ledger", str(ledger)]) == 0
+    said = capsys.readouterr()
+    assert failed in said.out and "the call broke" in said.out
+    assert "No incident" not in said.err
+    code, found = asked(capsys, ledger, "diff", run_id, failed)
+    assert (code, found["requests"][0]["layer"]) == (1, "failure")
+    assert found["requests"][0]["detail"] == "ok (no failure) against error (model_provider)"
+
+
+def test_a_one_shot_run_is_compared_with_nothing_of_another_kind_and_a_diverged_replay_can_be_shown(
+    recorded: tuple[Path, str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger, run_id, _ = recorded
+    first = list_requests(Ledger(ledger), run_id)[0].request_ref
+    _, found = asked(capsys, ledger, "run", first)
+    child = found["replay"]["run"]
+    assert main(["diff", run_id, child, "--ledger", str(ledger)]) == 2
+    said = capsys.readouterr().err
+    assert "is a replay of one-shot requests" in said and "fix:" in said
+    answered = next(event for event in Ledger(ledger).events(run_id=run_id) if event.event_type == "oneshot.request")
+    outputs = answered.payload["outputs"] | {"probabilities": "sha256:" + "0" * 64}
+    other = _altered(recorded, payload=answered.payload | {"outputs": outputs})
+    assert main(["run", other, "--ledger", str(ledger)]) == 1
+    capsys.readouterr()
+    assert main(["last", "--ledger", str(ledger)]) == 0
+    assert other in capsys.readouterr().out
+    assert main(["show", f"{child}/{first}", "--ledger", str(ledger)]) == 2
