@@ -19,10 +19,14 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from manifests.canonical import canonical_bytes, digest
 from replay.errors import PinRefused
@@ -31,7 +35,13 @@ from replay.substitutes import VERSIONED, Substitution, Way
 CACHE_VARIABLE = "REPLAYLAB_CACHE"
 DEADLINE_SECONDS = 600
 IMPORT_SECONDS = 120
+KEPT = 8
+"""How many environments stay; each holds the whole of the libraries that it pins."""
+STAGING = ".staging-"
+ABANDONED_SECONDS = 3_600
+"""A build that is older was killed: its deadlines are long past."""
 LOCK = "lock.json"
+"""Written last; its time is that of the last use."""
 MODULES = {
     "executorch": "executorch.runtime",
     "iree": "iree.compiler, iree.runtime",
@@ -72,14 +82,18 @@ def environment_for(
     cache: Path | None = None,
     on_progress: Callable[[str], None] = lambda state: None,
     deadline_seconds: int = DEADLINE_SECONDS,
+    kept: int = KEPT,
 ) -> Environment:
     """Return the environment that has the versions that were asked for, building it the first time.
+
+    Building one removes those that were unused longest, beyond `kept`, and in which nothing runs.
 
     Args:
         substitutions: those that ask for no version are left out.
         cache: folder for environments; by default REPLAYLAB_CACHE, or the user's cache folder.
         on_progress: told what is being done.
         deadline_seconds: building ends by then.
+        kept: how many environments stay.
     Raises PinRefused naming the version that cannot be had, and why.
     """
     asked = [one for one in substitutions if one.way is Way.VERSION]
@@ -92,6 +106,9 @@ def environment_for(
     environment = Environment(interpreter=str(folder / "bin" / "python"), lock=name, pinned=pinned)
     if not _is_whole(folder, name):
         _build(folder, lock, asked, on_progress=on_progress, deadline_seconds=deadline_seconds)
+        _prune(folder, kept)
+    with suppress(OSError):  # a cache that others may only read is used all the same
+        os.utime(folder / LOCK)
     return environment
 
 
@@ -153,7 +170,7 @@ def _build(
     import venv
 
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder.parent))
+    staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder.parent))
     try:
         on_progress("making an environment")
         venv.create(staging, symlinks=True, with_pip=False)
@@ -180,6 +197,29 @@ def _settle(staging: Path, folder: Path) -> None:
             return
         shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
+
+
+def _prune(newest: Path, kept: int) -> None:
+    """Remove abandoned builds, and the environments that were unused longest; never the newest, or one that runs."""
+    folders = [entry for entry in newest.parent.iterdir() if entry.is_dir()]
+    builds = [entry for entry in folders if entry.name.startswith(STAGING)]
+    for folder in builds:
+        if time.time() - _used(folder) > ABANDONED_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
+    others = sorted((one for one in folders if one not in (*builds, newest)), key=lambda one: -_used(one / LOCK, one))
+    running = {word for process in psutil.process_iter(["cmdline"]) for word in (process.info["cmdline"] or [])[:1]}
+    for folder in others[max(0, kept - 1) :]:
+        if str(folder / "bin" / "python") not in running:
+            (folder / LOCK).unlink(missing_ok=True)  # first, so that one half removed is not taken for whole
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _used(*candidates: Path) -> float:
+    """Return when the first of these that is there was written; the beginning of time where none is."""
+    for path in candidates:
+        with suppress(OSError):
+            return path.stat().st_mtime
+    return 0.0
 
 
 def _install(

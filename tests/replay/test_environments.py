@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -102,6 +103,53 @@ def test_an_environment_overrides_one_library_and_keeps_the_rest(
     assert json.loads(said)[:2] == [OTHER, installed("numpy")]
     code_root = str(Path(environments.__file__).parents[1])
     assert found.variables({"PYTHONPATH": "elsewhere"})["PYTHONPATH"] == os.pathsep.join([code_root, "elsewhere"])
+
+
+@pytest.fixture
+def empty_installs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Install a package without content instead of asking an index."""
+
+    def made_up(python: Path, *_: object) -> list[dict[str, str]]:
+        place = next((python.parents[1] / "lib").iterdir()) / "site-packages" / "onnxruntime"
+        place.mkdir()
+        (place / "__init__.py").write_text("")
+        return []
+
+    monkeypatch.setattr(environments, "_install", made_up)
+
+
+def _age(found: environments.Environment, seconds: int) -> Path:
+    """Let an environment have been used so many seconds ago; returns its folder."""
+    folder = Path(found.interpreter).parents[1]
+    used = time.time() - seconds
+    os.utime(folder / "lock.json", (used, used))
+    return folder
+
+
+@pytest.mark.usefixtures("empty_installs")
+def test_the_environments_that_were_unused_longest_are_removed_when_another_is_made(tmp_path: Path) -> None:
+    versions = ("1.0.1", "1.0.2", "1.0.3")
+    made = [environment_for(asked(version), cache=tmp_path, kept=3) for version in versions]
+    folders = [_age(found, 500 - 100 * place) for place, found in enumerate(made)]
+    stale, fresh = (tmp_path / "environments" / name for name in (".staging-stale", ".staging-fresh"))
+    stale.mkdir()
+    fresh.mkdir()
+    os.utime(stale, (0, 0))
+    assert environment_for(asked(versions[0]), cache=tmp_path, kept=3) == made[0], "used again: now the newest"
+    newest = Path(environment_for(asked("1.0.4"), cache=tmp_path, kept=3).interpreter).parents[1]
+    assert set(left_over(tmp_path)) == {newest.name, folders[0].name, folders[2].name, fresh.name}
+
+
+@pytest.mark.usefixtures("empty_installs")
+def test_an_environment_in_which_something_runs_is_not_removed(tmp_path: Path) -> None:
+    running, idle = (environment_for(asked(version), cache=tmp_path, kept=1) for version in ("1.0.1", "1.0.2"))
+    assert left_over(tmp_path) == [Path(idle.interpreter).parents[1].name]
+    running = environment_for(asked("1.0.1"), cache=tmp_path, kept=2)
+    folders = [_age(running, 900), _age(idle, 800)]
+    with subprocess.Popen([running.interpreter, "-c", "input()"], stdin=subprocess.PIPE) as worker:
+        newest = Path(environment_for(asked("1.0.3"), cache=tmp_path, kept=1).interpreter).parents[1]
+        assert set(left_over(tmp_path)) == {folders[0].name, newest.name}
+        worker.communicate(b"\n")
 
 
 def test_a_command_that_does_not_end_is_ended() -> None:
