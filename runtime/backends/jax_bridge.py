@@ -71,7 +71,10 @@ def held_tensors(exported: ExportedProgram) -> dict[str, torch.Tensor]:
 
 
 def to_jax(exported: ExportedProgram) -> JaxProgram:
-    """Turn a program into a JAX function; raises BuildFailed of stage 1 with every unsupported operator."""
+    """Turn a program into a JAX function; raises BuildFailed of stage 1 with every unsupported operator.
+
+    The function itself raises BuildFailed for a use that an operator of the table does not take.
+    """
     check_supported(exported)
     sources = _sources(exported)
     inputs = tuple(exported.graph_signature.user_inputs)
@@ -82,13 +85,27 @@ def to_jax(exported: ExportedProgram) -> JaxProgram:
         values: dict[str, Any] = dict(zip(names, arguments, strict=True))
         for node in nodes:
             if node.op == "call_function":
-                values[node.name] = _evaluate(node, values)
+                try:
+                    values[node.name] = _evaluate(node, values)
+                except Exception as error:  # ours, and whatever JAX raises: ValueError, TypeError, classes of its own
+                    raise _refused(node, error) from error
             elif node.op == "output":
                 outputs: Sequence[Any] = _value(node.args[0], values)
                 return tuple(outputs)
         raise ValueError("the program has no output")
 
     return JaxProgram(call, tuple(sources), sources, tuple(str(name) for name in inputs))
+
+
+def _refused(node: Node, error: Exception) -> BuildFailed:
+    """Say which operator does not take how it is used here, and where it stands in the model."""
+    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return BuildFailed(
+        f"the JAX bridge cannot take {node.target} in {_place(node)} as it is used: {text[:300]}",
+        fix="use the onnxruntime or inductor backend, or change how the model uses it",
+        evidence={"operator_details": f"{node.target}: {text[:1000]}", "exception": type(error).__name__},
+        stage="a01",
+    )
 
 
 def _evaluate(node: Node, values: Mapping[str, Any]) -> Any:

@@ -185,6 +185,14 @@ def index(x: Array, indices: Sequence[Array | None]) -> Array:
     return x[tuple(slice(None) if entry is None else entry for entry in indices)]
 
 
+def gather(x: Array, dim: int, indices: Array, **_: Any) -> Array:
+    """Values along one dimension; of every other one, torch reads as much as the indices have, and never broadcasts."""
+    for axis, size in enumerate(indices.shape):
+        if axis != dim % x.ndim and size != x.shape[axis]:
+            x = jax.lax.slice_in_dim(x, 0, size, axis=axis)
+    return jnp.take_along_axis(x, indices, axis=dim, mode="fill")
+
+
 def take(x: Array, dim: int, position: int) -> Array:
     """One position along a dimension, which disappears."""
     return jax.lax.index_in_dim(x, position, dim, keepdims=False)
@@ -419,7 +427,7 @@ OPERATORS: Mapping[Any, Callable[..., Any]] = {
     ATEN.slice.Tensor: cut,
     ATEN.index.Tensor: index,
     ATEN.index_select.default: lambda x, dim, indices: jnp.take(x, indices, axis=dim, mode="fill"),
-    ATEN.gather.default: lambda x, dim, indices, **_: jnp.take_along_axis(x, indices, axis=dim, mode="fill"),
+    ATEN.gather.default: gather,
     ATEN.embedding.default: embedding,
     ATEN.repeat_interleave.self_int: _repeat_interleave,
     ATEN.repeat.default: lambda x, repeats: jnp.tile(x, tuple(repeats)),

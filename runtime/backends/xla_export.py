@@ -27,8 +27,8 @@ def export_portable(
 
     names: the exporter's symbols by the names that they get.
     ranges: inclusive range of each name, where the program's own may have no end.
-    Raises BuildFailed of stage 1 for unsupported operators, sizes that are no multiple of a symbol, and whatever JAX
-    itself refuses.
+    Raises BuildFailed of stage 1 for unsupported operators and uses of them, sizes that are no multiple of a symbol,
+    and whatever JAX itself refuses.
     """
     program = to_jax(exported)
     arguments = _arguments(exported, program, names)
@@ -46,6 +46,8 @@ def export_portable(
     try:
         made = jax.export.export(jax.jit(program.call, keep_unused=True), platforms=["cpu"])(*shapes)
         blob = bytes(made.serialize())
+    except BuildFailed:
+        raise  # an operator was named
     except Exception as error:  # JAX raises ValueError, TypeError and classes of its own
         text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise BuildFailed(

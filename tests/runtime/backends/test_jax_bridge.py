@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -105,6 +106,7 @@ X, Y = torch.linspace(-2, 2, 24).reshape(2, 3, 4), torch.arange(24).reshape(2, 3
         lambda x, y: (torch.ones_like(y), torch.full((2,), 3), torch.zeros(2, 2), torch.arange(2, 9, 3), x.tril(1)),
         lambda x, y: ((y % 2 == 0) & (y > 3), ~(x > 0), x.long(), x.repeat(2, 1, 1), y.float(), x.abs().log()),
         lambda x, y: (functional.rms_norm(x, (4,)), functional.layer_norm(x, (3, 4)), x.repeat_interleave(2, 1)),
+        lambda x, y: (x.gather(-1, y[:1, :2, :3] % 4), x.gather(0, y[:, :2, :1] % 2)),
         lambda x, y: (functional.scaled_dot_product_attention(x[None], x[None, :1], x[None, :1], enable_gqa=True),),
     ],
 )  # fmt: skip
@@ -137,6 +139,59 @@ def portable(module: nn.Module) -> tuple[Any, PortableProgram]:
     exported = export(module, (torch.ones(3, 4), torch.ones(6, 4)), dynamic_shapes=({0: rows}, {0: 2 * rows}))
     symbol = str(next(node for node in exported.graph.nodes if node.name == "x").meta["val"].shape[0])
     return exported, export_portable(exported, {symbol: "R"})
+
+
+class Dropping(nn.Module):
+    """Drops attention weights, and has a name inside the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer = Attending()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mixer(x)
+
+
+class Attending(nn.Module):
+    """Attention with dropout that eval mode does not switch off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+
+
+class Cubic(nn.Module):
+    """A norm of an order that the table does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x, ord=3, dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("model", "operator", "why"),
+    [
+        (Dropping(), "aten.scaled_dot_product_attention.default in mixer", "dropout"),
+        (Cubic(), "aten.linalg_vector_norm.default in the model", "order 3"),
+    ],
+)
+def test_a_use_that_an_operator_does_not_take_is_a_failed_build_that_names_it(
+    model: nn.Module, operator: str, why: str
+) -> None:
+    with pytest.raises(BuildFailed, match=why) as caught:
+        export_portable(export(model.eval(), (torch.ones(2, 3, 4),)), {})
+    assert operator in caught.value.message
+    assert "NotImplementedError" not in caught.value.message
+    assert caught.value.failure_class is FailureClass.ARTIFACT_COMPATIBILITY
+    assert caught.value.stage == "a01"
+    assert operator.partition(" ")[0] in caught.value.evidence["operator_details"]
+    assert "onnxruntime" in (caught.value.fix or "")
+
+
+def test_what_jax_itself_refuses_is_named_by_the_operator_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = {**jax_operators.OPERATORS, torch.ops.aten.relu.default: lambda x: jnp.matmul(x, jnp.ones((99, 99)))}
+    monkeypatch.setattr("runtime.backends.jax_bridge.OPERATORS", planted)
+    with pytest.raises(BuildFailed, match=r"aten\.relu\.default in the model as it is used: .*dot_general") as caught:
+        portable(Small(lambda x, y: (x.relu(), y)))
+    assert caught.value.evidence["exception"] == "TypeError"
 
 
 def test_a_portable_program_keeps_bounds_order_and_types() -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import replaylab
 from runtime.backends.buckets import BucketPlan
-from runtime.backends.errors import BackendRefused, InputRefused
+from runtime.backends.errors import BackendRefused, BuildFailed, InputRefused
 from runtime.backends.one_shot import fixture_inputs
 from runtime.backends.protocol import BuildOptions
 from runtime.backends.tensor_contract import TensorContract, TensorRule
@@ -124,3 +126,27 @@ def test_a_model_of_free_length_compiles_at_first_use_within_its_limit(
         executor.run(fixture_inputs(executor.contract, {batch: 2, length: size}, label="lengths"))
     events = executor.compile_events()
     assert len(events) == 3 and events[2].evicted == events[0].shape
+
+
+class CubicNorm(torch.nn.Module):
+    """Takes a norm that the bridge has no meaning for."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.vector_norm(x, ord=3, dim=-1)
+
+
+def test_a_use_of_an_operator_that_the_bridge_does_not_know_is_named_to_the_user(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    operator = "aten.linalg_vector_norm.default"
+    path = tmp_path / "model.pt2"
+    torch.export.save(torch.export.export(CubicNorm(), (torch.ones(2, 3, 4),)), path)
+    with pytest.raises(BuildFailed, match="order 3") as caught:
+        prepare(path, backend="xla", store=PackageStore(tmp_path), options=BuildOptions(buckets=PLAN))
+    assert (caught.value.stage, caught.value.failure_class.value) == ("a01", "artifact_compatibility")
+    assert operator in caught.value.message
+    assert caught.value.evidence["operator_details"].startswith(operator)
+    assert "onnxruntime" in (caught.value.fix or "")
+    assert replaylab.main(["prepare", str(path), "--backend", "xla", "--ledger", str(tmp_path)]) == 3
+    said = capsys.readouterr().err
+    assert operator in said and "Traceback" not in said and "NotImplemented" not in said
