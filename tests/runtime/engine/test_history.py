@@ -1,4 +1,4 @@
-"""What was scheduled before there were policies is scheduled the same now, byte for byte, under the same digests."""
+"""What was scheduled once is scheduled the same now, byte for byte, under the same digests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from runtime.engine.plan import decode_plan
 from runtime.engine.scheduler import complete_step, new_state, plan_step, submit, withdraw
 from runtime.engine.settings import Settings
 
-HISTORIES: list[dict[str, Any]] = json.loads((Path(__file__).parents[2] / "histories" / "fcfs_plans.json").read_text())
+FOLDER = Path(__file__).parents[2] / "histories"
+HISTORIES: list[dict[str, Any]] = [
+    history
+    for name in ("fcfs_plans.json", "fcfs_stable_rows_plans.json")
+    for history in json.loads((FOLDER / name).read_text())
+]
 
 
 @pytest.mark.parametrize("history", HISTORIES)
