@@ -82,9 +82,13 @@ class SlotTables:
         self._free = list(range(lanes - 1, -1, -1))
         self._lane_of: dict[int, int] = {}
         self._filled: dict[int, int] = {}
+        self._decoding: Sequence[int] = ()
+        """Sequences of the last decode call, while their tables stay what they are; mostly those of the next one."""
+        self._lanes = self._rows = self._columns = np.zeros(0, dtype=np.int64)
 
     def admit(self, index: int, blocks: Sequence[int]) -> None:
         """Open a table that begins with `blocks`."""
+        self._decoding = ()
         lane = self._free.pop()
         self._lane_of[index] = lane
         self._filled[index] = 0
@@ -103,18 +107,23 @@ class SlotTables:
         """Close a table; one that is not open is left alone."""
         lane = self._lane_of.pop(index, None)
         if lane is not None:
+            self._decoding = ()
             self._free.append(lane)
             del self._filled[index]
 
     def fill_decode(self, inputs: CallInputs, *, sequences: Sequence[int], starts: Sequence[int]) -> Writes:
         """Write slots, positions and context lengths of one-token rows; return where their keys and values go."""
         count = len(sequences)
-        lanes = np.array([self._lane_of[index] for index in sequences], dtype=np.int64)
+        if sequences != self._decoding:
+            self._lanes = np.array([self._lane_of[index] for index in sequences], dtype=np.int64)
+            self._rows, self._columns = np.arange(count), np.zeros(count, dtype=np.int64)
+            self._decoding = sequences
+        lanes = self._lanes
         places = np.array(starts, dtype=np.int64)
         inputs.positions[:count, 0] = places
         inputs.context_lengths[:count] = places
         inputs.slots[:count] = self._table[:, : inputs.slots.shape[1]][lanes]
-        return Writes(self._table[lanes, places], np.arange(count), np.zeros(count, dtype=np.int64))
+        return Writes(self._table[lanes, places], self._rows, self._columns)
 
     def slots_of(self, index: int) -> Integers:
         """The slots of a sequence's positions; zero where it has no block yet."""
