@@ -28,6 +28,8 @@ DIGEST_ALGORITHM = "xxh3_128"
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _SEGMENT = 64
+_FEW_ROWS, _SMALL_BUFFER = 6, 512
+"""Below so many rows setting the size of NumPy's buffer, in elements, costs more than it spares."""
 _NOTHING = np.float32(-inf)
 
 Floats = NDArray[np.float32]
@@ -128,7 +130,7 @@ def choose(
     if not isfinite(sum(peaks.tolist())):
         raise AnswerNotFinite()
     work = (scratch or Scratch()).take(logits.shape)
-    np.subtract(logits, peaks[:, None], out=work)
+    _shift(logits, peaks, work)
     chosen = peaks
     if allowed is None:
         # Rounding keeps order, so the best but one stands here at exactly its distance from the best.
@@ -158,6 +160,22 @@ def choose(
         logprobs=logprobs.tolist(),
         margins=[0.0 - gap if gap != -inf else None for gap in gaps.tolist()],
     )
+
+
+def _shift(logits: Floats, peaks: Floats, work: Floats) -> None:
+    """Subtract each row's peak from it.
+
+    NumPy spreads the peaks out in its buffer first where several rows fit into one, which costs as much again; a buffer
+    below one row spares that.  Its size is this thread's own.
+    """
+    if len(logits) < _FEW_ROWS:
+        np.subtract(logits, peaks[:, None], out=work)
+        return
+    before = np.setbufsize(_SMALL_BUFFER)
+    try:
+        np.subtract(logits, peaks[:, None], out=work)
+    finally:
+        np.setbufsize(before)
 
 
 def draw_tokens(scores: Floats, draws: Sequence[Draw]) -> list[int]:

@@ -57,7 +57,7 @@ def bits(choices: Choices) -> list[tuple[int, str, bytes, bytes | None]]:
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[NDArray[np.float32], list[Draw], NDArray[np.bool_] | None]:
     """Rows with at least one number each, some drawn at a temperature, some under a mask; not always contiguous."""
-    count, vocabulary = draw(st.integers(1, 5)), draw(st.integers(1, 200))
+    count, vocabulary = draw(st.integers(1, 9)), draw(st.integers(1, 700))
     logits = draw(arrays.arrays(np.float32, (count, vocabulary), elements=logit, fill=logit))
     places = draw(st.lists(st.integers(0, vocabulary - 1), min_size=count, max_size=count))
     logits[np.arange(count), places] = draw(arrays.arrays(np.float32, count, elements=finite))
