@@ -111,6 +111,7 @@ schedulings = st.builds(
     load_shedding=st.booleans(),
     prefix_sharing=st.sampled_from(["tenant", "all"]),
     max_undelivered_tokens=st.none() | positive_counts,
+    row_order=st.sampled_from(["stable", "service"]),
 )
 generations = st.builds(
     GenerationManifest,

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manifests.diff import diff_dimension
 from manifests.scheduling import SchedulingManifest
 from runtime.engine.draft import keep_places
 from runtime.engine.plan import Hit, StepPlan
@@ -65,6 +66,8 @@ def test_a_document_from_before_means_the_order_of_service() -> None:
     assert (read.row_order, read.to_document()) == ("service", old)
     assert SchedulingManifest.from_document(SchedulingManifest().to_document()).row_order == "stable"
     assert SchedulingManifest(row_order="service") == read != SchedulingManifest()
+    (found,) = diff_dimension("scheduling", read, SchedulingManifest())
+    assert (found.path, found.left, found.right) == ("scheduling.row_order", "service", "stable")
 
 
 @pytest.mark.parametrize("policy", POLICIES)
