@@ -127,12 +127,12 @@ async def _submit(session: ServingSession, request: WorkloadRequest, keys: Mappi
     import json
 
     body = json.dumps(envelope_of(request)).encode()
-    chunks = _Chunks()
+    chunks = TokenChunks()
     outcome = await session.run(body, keys.get(request.tenant), on_token=chunks.add)
     return Answered(outcome=outcome, generations=chunks.seen())
 
 
-class _Chunks:
+class TokenChunks:
     """Notes when tokens come: those of one wake-up of the event loop are one chunk, as a stream would send them."""
 
     def __init__(self) -> None:

@@ -195,3 +195,23 @@ def test_the_wait_between_two_generations_is_no_gap_between_tokens() -> None:
 def test_one_generation_streamed_is_the_latency_of_its_tokens(chunks: list[tuple[int, int]]) -> None:
     tokens = [at for at, count in chunks for _ in range(count)]
     assert streamed_latency(0, [chunks]) == token_latency(0, tokens)
+
+
+LATENCIES = st.lists(
+    st.none()
+    | st.lists(st.integers(0, 1000), min_size=1, max_size=5).map(lambda times: token_latency(0, sorted(times))),
+    max_size=8,
+)
+
+
+@given(LATENCIES, st.integers(0, 1000), st.integers(0, 500), st.integers(0, 500))
+def test_a_looser_objective_is_kept_by_no_fewer_requests(
+    latencies: list[TokenLatency | None], first_us: int, per_token_us: int, looser: int
+) -> None:
+    strict = Objective(first_us=first_us, per_token_us=per_token_us)
+    loose = Objective(first_us=first_us + looser, per_token_us=per_token_us + looser)
+    kept, sent = attainment(latencies, strict)
+    more, also_sent = attainment(latencies, loose)
+    assert kept <= more <= sent == also_sent == len(latencies)
+    rate = goodput(latencies, strict, duration_us=1_000_000)
+    assert rate is not None and rate == kept

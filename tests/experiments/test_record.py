@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Literal, cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from eval.token_latency import Objective
 from experiments.arrivals import Sent
-from experiments.recording import Answered, Recording, envelope_of, record_workload
+from experiments.recording import Answered, Recording, TokenChunks, envelope_of, record_workload
 from experiments.summary import quantiles, summarize
 from experiments.support_desk import support_desk_workload
 from experiments.workloads import ActivatePackage, WorkloadRequest, write_jsonl
 from replaylab import main
+from runtime.engine.generation import TokenRecord
 from runtime.models.reference import task
 from runtime.prepare.store import PackageStore
 from runtime.serve.deployment import create_support_desk
@@ -175,6 +178,32 @@ def test_a_summary_follows_the_definitions_of_serving_benchmarks() -> None:
     assert summary["send_lag_us"] == {"p50": 0, "p95": 100, "p99": 100}
     assert summary["goodput"] is None
     assert quantiles([5, 1, 9, 7]) == {"p50": 5, "p95": 9, "p99": 9}
+
+
+def _token(position: int) -> TokenRecord:
+    return TokenRecord(token=1, logits_digest="", logprob=0.0, margin=None, step=0, position=position, emitted_us=0)
+
+
+@given(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=3))
+def test_what_comes_in_one_wake_up_is_one_chunk_and_another_prompt_begins_another_generation(
+    sizes: list[list[int]],
+) -> None:
+    async def receive() -> tuple[tuple[tuple[int, int], ...], ...]:
+        chunks = TokenChunks()
+        position = 0
+        for generation in sizes:
+            position += 7  # the prompt grew by what a tool said
+            for size in generation:
+                for _ in range(size):
+                    chunks.add(_token(position))
+                    position += 1
+                await asyncio.sleep(0)
+        return chunks.seen()
+
+    seen = asyncio.run(receive())
+    assert [[count for _, count in chunks] for chunks in seen] == sizes
+    times = [at for chunks in seen for at, _ in chunks]
+    assert times == sorted(times)
 
 
 @pytest.mark.parametrize(
