@@ -14,6 +14,7 @@ from runtime.backends.executorch import ARENA, DECODE, PREFILL, PROGRAM, WHOLE
 from runtime.backends.executorch_records import FALLBACK
 from runtime.backends.lowering import ExportedLowering, target, unknown
 from runtime.backends.protocol import Boundary
+from runtime.backends.step_form import EXAMPLE
 
 FLAGS = {
     "delegate": ("xnnpack", "none"),
@@ -32,7 +33,7 @@ class ExecutorchLowering(ExportedLowering):
     """Stages 4 to 6 for ExecuTorch: one compile in a child, which reports as it passes each stage."""
 
     backend = "executorch"
-    whole_rows = True
+    step_kind = "whole_rows"
     _build: BuildProcess | None = None
     _passes: tuple[str, ...] = ()
     _arena: int = 0
@@ -50,7 +51,7 @@ class ExecutorchLowering(ExportedLowering):
         symbols = {name: symbol for symbol, name in self.program.names.items()}
         if self.step_program is None or self.choices["methods"] == "single":
             return [{"name": WHOLE, "limits": {symbols[name]: most for name, most in self._closed().items()}}]
-        batch, tokens, _, _ = programs.EXAMPLE
+        batch, tokens, _, _ = EXAMPLE
         return [{"name": DECODE, "limits": {symbols["T"]: tokens}}, {"name": PREFILL, "limits": {symbols["B"]: batch}}]
 
     def optimize(self) -> Boundary:

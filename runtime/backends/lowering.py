@@ -21,7 +21,9 @@ from runtime.backends.one_shot import OneShotExecutor, OneShotModel
 from runtime.backends.program import CapturedProgram, StepProgram
 from runtime.backends.protocol import Boundary, BuildOptions, Executor
 from runtime.backends.saved_program import SavedProgram, call_program, capture_saved
+from runtime.backends.step_form import POOL_SLOTS, MakeForm, gathered_form
 from runtime.backends.tensor_contract import Arrays
+from runtime.models.loader import StepKind
 from runtime.models.source import ModelKind, kind_of
 
 
@@ -34,8 +36,10 @@ class ExportedLowering:
     """Stages 1 to 3 on the exported program; backends add their own form of it and stages 4 to 6."""
 
     backend = ""
-    whole_rows = False
-    """Whether the backend needs a step that reads the pool without a view of it."""
+    step_kind: StepKind = "plain"
+    """How the backend's decoder reads its context."""
+    make_form: MakeForm = staticmethod(gathered_form)
+    """The form of the step that goes with it."""
 
     def __init__(self, model_folder: Path, work: Path, options: BuildOptions, *, versions: Mapping[str, str]) -> None:
         self.model_folder, self.work, self.options = model_folder, work, options
@@ -88,7 +92,7 @@ class ExportedLowering:
             self._one_shot = saved_model(program, path.stem)
         else:
             self._program = program = programs.capture_program(
-                path, self.options, tile=self.query_tile, whole_rows=self.whole_rows
+                path, self.options, tile=self.query_tile, kind=self.step_kind, make_form=self.make_form
             )
         record = {
             "exporter_version": f"torch.export {torch.__version__}",
@@ -150,7 +154,7 @@ class ExportedLowering:
             "guard_count": len(guards),
             "dynamic_dimensions": {name: entry["shape"] for name, entry in described.items() if name != "v_pool"},
             "layout_decisions": {
-                **self._pool_layout(),
+                **(self.step_program.layout if self.step_program else {}),
                 "inputs_contiguous": all(entry["contiguous"] for entry in described.values()),
             },
             "specialization_cache_key": key,
@@ -169,11 +173,8 @@ class ExportedLowering:
         if self._one_shot is None:
             buckets = self.options.buckets
             planned = {"buckets": [entry.name for entry in buckets.buckets()]} if buckets else {}
-            return {"symbols": found, "pool_slots": list(programs.POOL_SLOTS), **planned}
+            return {"symbols": found, "pool_slots": list(POOL_SLOTS), **planned}
         return {"symbols": self._symbols(), "program": found, "index_ranges": index_ranges_of(self._one_shot)}
-
-    def _pool_layout(self) -> dict[str, str]:
-        return {} if self._one_shot else dict.fromkeys(("k_pool", "v_pool"), "flat rows layer*P+slot, row-major")
 
     def base_compiler(self) -> dict[str, Any]:
         """Give the compiler manifest's fields that every backend shares."""

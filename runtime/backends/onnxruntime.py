@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from runtime.backends.errors import BuildFailed, ProviderMismatch
 from runtime.backends.executor import LoadedExecutor, StepInputs
 from runtime.backends.pool import ArrayPool, foreign_pool
-from runtime.backends.protocol import KVPool, LoadSpec, StepOutput
+from runtime.backends.protocol import KVPool, StepOutput
 
 MODEL = "model.onnx"
 PROVIDERS = ("CPUExecutionProvider",)
@@ -54,7 +54,7 @@ class OrtExecutor(LoadedExecutor[onnxruntime.InferenceSession]):
     backend = "onnxruntime"
     failures = (Exception,)  # ONNX Runtime's classes derive from Exception directly
 
-    def new_pool(self, num_slots: int) -> OrtPool:
+    def new_pool(self, num_slots: int) -> KVPool:
         """Allocate a zeroed float32 pool."""
         return OrtPool(num_layers=self.config.num_layers, num_slots=num_slots, width=self.config.kv_width)
 
@@ -140,13 +140,6 @@ def check_available(providers: tuple[str, ...]) -> None:
             fix="request an available provider or install the ONNX Runtime build that has it",
             evidence={"provider_log": f"requested {providers}, available {available}", "runtime_version": _version()},
         )
-
-
-def load_onnxruntime(package: Path, spec: LoadSpec) -> OrtExecutor:
-    """Open `model.onnx` of a verified package folder; it is already optimized and is not rewritten again."""
-    settings = {name: value for name, value in spec.flags.items() if name.startswith("session.")}
-    options = session_options(threads=spec.threads, settings=settings)
-    return OrtExecutor(open_session(package / MODEL, options, spec.providers or PROVIDERS), spec)
 
 
 def _version() -> str:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import onnx
 import onnxruntime
 import torch
+from onnxscript.values import Opset
 
 from runtime.backends import onnx_graph
 from runtime.backends import program as programs
@@ -24,11 +25,13 @@ from runtime.backends.lowering import ExportedLowering, target, unknown
 from runtime.backends.one_shot import OneShotSpec
 from runtime.backends.onnx_transfers import copy_estimate, sized_edges
 from runtime.backends.onnxruntime import MODEL, PROVIDERS, SETTINGS, OrtExecutor, open_session, session_options
+from runtime.backends.onnxruntime_loader import CONTEXT, executor_of
 from runtime.backends.onnxruntime_one_shot import OrtOneShot
 from runtime.backends.onnxruntime_passes import DISABLED, Rewriting
 from runtime.backends.onnxruntime_quantization import DESCRIPTION, quantize
 from runtime.backends.program import StepProgram
-from runtime.backends.protocol import Boundary, LoadSpec
+from runtime.backends.protocol import Boundary, BuildOptions, LoadSpec
+from runtime.backends.step_form import resident_form
 
 FLAGS = {
     "disable_prepacking": "session.disable_prepacking",
@@ -36,8 +39,9 @@ FLAGS = {
     "cpu_arena": "session.cpu_arena",
 }
 """Flags that a caller may set, and the session setting behind each."""
-OPSET = 23
-"""The first with RMS norm and attention as operators of their own: a third fewer nodes than opset 18."""
+OPSETS = {"gathered": 23, "resident": 24}
+"""By form of the step.  23 is the first with RMS norm and attention as operators of their own, a third fewer nodes than
+opset 18; 24 the first that can put columns into a table in place."""
 ONE_SHOT_OPSET = 20
 """Of programs that are not ours: in opset 23, ONNX Runtime refuses an attention mask that has to be broadcast."""
 DEFAULT_LEVEL = "extended"
@@ -48,6 +52,13 @@ class OrtLowering(ExportedLowering):
     """Stages 1 to 6 for ONNX Runtime."""
 
     backend = "onnxruntime"
+
+    def __init__(self, model_folder: Path, work: Path, options: BuildOptions, *, versions: Mapping[str, str]) -> None:
+        super().__init__(model_folder, work, options, versions=versions)
+        self.context = options.flags.get(CONTEXT, "resident")
+        if self.context == "resident":
+            self.step_kind, self.make_form = "resident", resident_form
+
     _model: onnx.ModelProto
     _optimized: Path
     _passes: tuple[str, ...] = ()
@@ -80,7 +91,8 @@ class OrtLowering(ExportedLowering):
                     dynamo=True,
                     verbose=False,
                     output_names=list(self.program.output_names),
-                    opset_version=OPSET if self.step_program else ONE_SHOT_OPSET,
+                    opset_version=OPSETS[self.context] if self.step_program else ONE_SHOT_OPSET,
+                    custom_translation_table={torch.ops.replaylab.put_columns.default: _put_columns},
                     **names,
                 )
         except Exception as error:  # ConversionError and its causes share no base
@@ -224,7 +236,7 @@ class OrtLowering(ExportedLowering):
             "exporter": "torch.onnx (dynamo)",
             "optimization_level": self.level,
             "passes": self._passes,
-            "flags": {**flags, **self.settings},
+            "flags": {**flags, **({} if self.one_shot() else {CONTEXT: self.context}), **self.settings},
             "execution_providers": self.providers,
         }
 
@@ -259,8 +271,9 @@ class OrtLowering(ExportedLowering):
             threads=threads,
             providers=providers,
             batch_invariant=self.options.batch_invariant,
+            flags={CONTEXT: self.context},
         )
-        return OrtExecutor(session, spec)
+        return executor_of(session, spec)
 
     def _profile(self) -> dict[str, dict[str, int]]:
         prefix = self.work / "profile"
@@ -275,6 +288,11 @@ class OrtLowering(ExportedLowering):
             owned = kernels.setdefault(provider, {})
             owned[operator] = owned.get(operator, 0) + 1
         return kernels
+
+
+def _put_columns(table: Any, values: Any, starts: Any) -> Any:
+    """Write `resident.put_columns` as the operator that ONNX has for it."""
+    return Opset("", OPSETS["resident"]).TensorScatter(table, values, starts, mode="linear", axis=2)
 
 
 def _provider_version(name: str) -> str | dict[str, str]:

@@ -15,26 +15,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from manifests.canonical import digest
 from runtime.backends.contract import Bounds
 from runtime.backends.errors import BackendRefused, BuildFailed, InputRefused
 from runtime.backends.protocol import BuildOptions
 from runtime.backends.side_effects import check_side_effects
+from runtime.backends.step_form import EXAMPLE, MakeForm, StepForm, gathered_form
 from runtime.backends.torch_executor import hold_threads
-from runtime.models.config import ModelConfig
-from runtime.models.decoder import PRECISIONS, Decoder, NormKind
-from runtime.models.loader import Checkpoint, build_decoder, load_checkpoint
+from runtime.models.decoder import Decoder, NormKind
+from runtime.models.loader import Checkpoint, StepKind, build_decoder, load_checkpoint
 
-INPUTS = ("token_ids", "positions", "k_pool", "v_pool", "slots", "context_lengths")
-OUTPUTS = ("logits", "new_k", "new_v")
-EXAMPLE = (3, 5, 17, 29)
-"""Batch, tokens, context and pool slots to trace with: never 0 or 1, and no two alike, else export ties them."""
 SMALLEST_CONTEXT = 20
 """The fixture session needs that many positions."""
-POOL_SLOTS = (2, 1 << 24)
-"""Range of the pool's slots a layer; any size works, so it is a symbol and no pin of the package."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,28 +69,8 @@ class StepProgram(CapturedProgram):
 
     checkpoint: Checkpoint
     decoder: Decoder
-
-
-def example_inputs(config: ModelConfig, precision: str) -> tuple[Tensor, ...]:
-    """Make the six inputs that the program is traced with; only their shapes matter."""
-    batch, tokens, context, slots = EXAMPLE
-    cached = context - tokens  # the layout by position wants columns for the new tokens too
-    dtype = PRECISIONS[precision]
-    table = torch.arange(config.num_layers * slots * config.kv_width, dtype=torch.float32).remainder(7.0).sub(3.0)
-    pool = (table / 4).reshape(config.num_layers * slots, config.kv_width).to(dtype)
-    ids = torch.arange(batch * tokens).remainder(config.vocab_size).reshape(batch, tokens)
-    positions = (torch.arange(tokens)[None] + cached).expand(batch, tokens).contiguous()
-    gathered = torch.arange(batch * context).remainder(slots).reshape(batch, context)
-    return ids, positions, pool, pool.flip(0).contiguous(), gathered, torch.full((batch,), cached)
-
-
-def dynamic_shapes(config: ModelConfig, bounds: Bounds) -> tuple[dict[int, Any], ...]:
-    """Declare the symbols B, T, S and P of the six inputs."""
-    batch = Dim("B", min=1, max=bounds.max_batch)
-    tokens = Dim("T", min=1, max=bounds.max_tokens)
-    context = Dim("S", min=1, max=bounds.max_context)
-    rows = config.num_layers * Dim("P", min=POOL_SLOTS[0], max=POOL_SLOTS[1])
-    return {0: batch, 1: tokens}, {0: batch, 1: tokens}, {0: rows}, {0: rows}, {0: batch, 1: context}, {0: batch}
+    layout: Mapping[str, str]
+    """How keys and values lie in memory."""
 
 
 def check_bounds(bounds: Bounds) -> None:
@@ -137,12 +111,17 @@ def quiet_exporters() -> Generator[list[str]]:
 
 
 def capture_program(
-    model_folder: Path, options: BuildOptions, *, tile: int | None = None, whole_rows: bool = False
+    model_folder: Path,
+    options: BuildOptions,
+    *,
+    tile: int | None = None,
+    kind: StepKind = "plain",
+    make_form: MakeForm = gathered_form,
 ) -> StepProgram:
     """Load a checkpoint, export its functional step, and check that capturing lost no behaviour.
 
     tile: of queries, for the step whose rows' bits are their own; None for the plain one.
-    whole_rows: read the pool without a view of it.
+    kind, make_form: the decoder's and its program's form; they go together.
 
     Errors: `ModelRefused` from the loader; `BuildFailed` where export fails; `BackendRefused` where the module has a
     hidden side effect or the program computes something else than the module.
@@ -151,14 +130,12 @@ def capture_program(
     hold_threads(options.threads)
     checkpoint = load_checkpoint(model_folder)
     norm = cast(NormKind, options.norm)
-    decoder = build_decoder(checkpoint, options.precision, norm=norm, tile=tile, whole_rows=whole_rows)
-    inputs = example_inputs(checkpoint.config, options.precision)
+    decoder = build_decoder(checkpoint, options.precision, norm=norm, tile=tile, kind=kind)
+    form = make_form(checkpoint.config, options.precision, options.program_bounds)
     start = time.perf_counter_ns()
     try:
         with torch.no_grad(), quiet_exporters() as noted:
-            exported = torch.export.export(
-                decoder, inputs, dynamic_shapes=dynamic_shapes(checkpoint.config, options.program_bounds)
-            )
+            exported = torch.export.export(decoder, form.example, dynamic_shapes=form.dynamic_shapes)
             forget_places(exported)
             held = io.BytesIO()
             torch.export.save(exported, held)
@@ -170,23 +147,24 @@ def capture_program(
             stage="a01",
         ) from error
     spent = (time.perf_counter_ns() - start) // 1000
-    check_capture(decoder, exported, inputs)
+    check_capture(decoder, exported, form)
     return StepProgram(
         framework=checkpoint.config.family,
         model_digest=checkpoint.digest,
         exported=exported,
         serialized=held.getvalue(),
-        inputs=inputs,
-        input_names=INPUTS,
-        output_names=OUTPUTS,
-        names=_step_names(exported),
-        declared={name: list(found) for name, found in options.program_bounds.symbols().items()},
-        free="P",
-        unchecked=frozenset({"k_pool", "v_pool"}),
+        inputs=form.example,
+        input_names=form.inputs,
+        output_names=form.outputs,
+        names=_step_names(exported, form),
+        declared={name: list(found) for name, found in form.bounds.symbols().items()},
+        free=form.free,
+        unchecked=form.unchecked,
         warnings=tuple(noted),
         trace_us=spent,
         checkpoint=checkpoint,
         decoder=decoder,
+        layout=form.layout,
     )
 
 
@@ -202,13 +180,13 @@ def forget_places(exported: ExportedProgram) -> None:
                 node.meta.pop("stack_trace", None)
 
 
-def check_capture(decoder: torch.nn.Module, exported: ExportedProgram, inputs: tuple[Tensor, ...]) -> None:
+def check_capture(decoder: torch.nn.Module, exported: ExportedProgram, form: StepForm) -> None:
     """Run module, module and program: state or randomness of the module's own shows in the module or in the answers."""
-    first = check_side_effects(decoder, inputs)
+    first = check_side_effects(decoder, form.example)
     with torch.no_grad():
-        again = decoder(*inputs)
-        captured = exported.module()(*inputs)
-    for index, name in enumerate(OUTPUTS):
+        again = decoder(*form.example)
+        captured = exported.module()(*form.example)
+    for index, name in enumerate(form.outputs):
         if not torch.equal(first[index], again[index]):
             raise BackendRefused(
                 f"the model answers {name} differently each time: it has state or randomness that capture would drop",
@@ -241,15 +219,10 @@ def control_flow(exported: ExportedProgram) -> list[str]:
     return sorted({*higher, *(name for name, _ in exported.graph_module.named_children())})
 
 
-def _step_names(exported: ExportedProgram) -> dict[str, str]:
-    """Name the dimensions of the functional step B, T and S, and `layers*P` for pool rows, by where they stand."""
-    found = placeholders(exported, INPUTS)
-    return {
-        str(found["token_ids"].shape[0]): "B",
-        str(found["token_ids"].shape[1]): "T",
-        str(found["slots"].shape[1]): "S",
-        str(found["k_pool"].shape[0]): "layers*P",
-    }
+def _step_names(exported: ExportedProgram, form: StepForm) -> dict[str, str]:
+    """Name the dimensions of the functional step, by where they stand."""
+    found = placeholders(exported, form.inputs)
+    return {str(found[name].shape[axis]): symbol for symbol, (name, axis) in form.places.items()}
 
 
 def signature(program: CapturedProgram) -> dict[str, dict[str, Any]]:

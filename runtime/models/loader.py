@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +15,11 @@ from torch import Tensor
 from runtime.models.config import ModelConfig, ModelRefused, read_config
 from runtime.models.decoder import Decoder, NormKind, WholeRowDecoder
 from runtime.models.invariant import InvariantDecoder
+from runtime.models.resident import ResidentDecoder
+
+StepKind = Literal["plain", "whole_rows", "resident"]
+"""How a decoder reads its context: by head from a view of the pool; as `decoder.WholeRowDecoder`, where no backend has
+a step with a tile; as `resident.ResidentDecoder`."""
 
 IDENTITY_FILES = ("config.json", "tokenizer.json")
 
@@ -122,14 +128,13 @@ def new_decoder(
     *,
     norm: NormKind = "fused",
     tile: int | None = None,
-    whole_rows: bool = False,
+    kind: StepKind = "plain",
 ) -> Decoder:
-    """Make the functional step without weights; with a tile, the one whose rows' bits are their own.
-
-    whole_rows: read the pool without a view of it (see `WholeRowDecoder`); a step with a tile has no such form.
-    """
+    """Make the functional step without weights; with a tile, the one whose rows' bits are their own."""
+    if kind == "resident":
+        return ResidentDecoder(config, precision, norm=norm, tile=tile)
     if tile is None:
-        return (WholeRowDecoder if whole_rows else Decoder)(config, precision, norm=norm)
+        return (WholeRowDecoder if kind == "whole_rows" else Decoder)(config, precision, norm=norm)
     return InvariantDecoder(config, precision, norm=norm, tile=tile)
 
 
@@ -139,7 +144,7 @@ def build_decoder(
     *,
     norm: NormKind = "fused",
     tile: int | None = None,
-    whole_rows: bool = False,
+    kind: StepKind = "plain",
 ) -> Decoder:
     """Fill the functional step with a checkpoint's weights; a missing, spare or misshapen tensor is refused by name."""
     config, source = checkpoint.config, checkpoint.weights()
@@ -160,7 +165,7 @@ def build_decoder(
             fix="check that config.json belongs to these weights",
             evidence={"unused": spare[:20]},
         )
-    decoder = new_decoder(config, precision, norm=norm, tile=tile, whole_rows=whole_rows)
+    decoder = new_decoder(config, precision, norm=norm, tile=tile, kind=kind)
     try:
         decoder.load_state_dict(state, strict=True)
     except RuntimeError as error:

@@ -14,11 +14,12 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from runtime.backends import onnx_graph, program
+from runtime.backends import onnx_graph
 from runtime.backends.eager_lowering import EagerLowering
 from runtime.backends.lowering import ExportedLowering
 from runtime.backends.onnxruntime import open_session, session_options
 from runtime.backends.onnxruntime_passes import Rewriting
+from runtime.backends.step_form import StepForm, gathered_form
 from tests.runtime.prepare.broken_models import (
     Branches,
     Counts,
@@ -32,12 +33,12 @@ from tests.runtime.prepare.broken_models import (
 from tests.runtime.prepare.failure_table import A, Bench, C, Row, S, T, X, small_files
 
 
-def planted(kind: type[Any], backend: str = "eager") -> Callable[[Bench], None]:
+def planted(kind: type[Any], backend: str = "eager", **flags: str) -> Callable[[Bench], None]:
     """Prepare a decoder with a defect."""
 
     def provoke(bench: Bench) -> None:
         bench.decoder(kind)
-        bench.prepare(backend)
+        bench.prepare(backend, flags=flags)
 
     return provoke
 
@@ -80,7 +81,12 @@ def capture_rows() -> list[Row]:
         row("hidden side effect: a counter", planted(Counts), error="backend_refused", said="calls"),
         row("hidden side effect: a growing list", planted(Remembers), error="backend_refused", said="seen"),
         row("randomness that export would freeze", planted(Draws), error="backend_refused"),
-        row("operator that ONNX lacks", planted(Eigenvalues, "onnxruntime"), "onnxruntime", said="linalg_eig"),
+        row(
+            "operator that ONNX lacks",
+            planted(Eigenvalues, "onnxruntime", context="gathered"),
+            "onnxruntime",
+            said="linalg_eig",
+        ),
         row("weights are missing", without_weights, error="model_refused"),
         row("architecture that is not supported", of_another_kind, error="model_refused"),
         row(
@@ -149,21 +155,20 @@ def analyze_rows() -> list[Row]:
     """Stage 3."""
 
     def static_batch(bench: Bench) -> None:
-        declared = program.dynamic_shapes
+        def narrowed(*given: Any) -> StepForm:
+            form = gathered_form(*given)
+            kept = [{axis: dim for axis, dim in one.items() if dim.__name__ != "B"} for one in form.dynamic_shapes]
+            return dataclasses.replace(form, dynamic_shapes=tuple(kept))
 
-        def narrowed(*given: Any) -> Any:
-            return tuple({axis: dim for axis, dim in one.items() if dim.__name__ != "B"} for one in declared(*given))
-
-        bench.patch.setattr(program, "dynamic_shapes", narrowed)
+        bench.patch.setattr(ExportedLowering, "make_form", staticmethod(narrowed))
         bench.prepare()
 
     def smaller_bound(bench: Bench) -> None:
-        declared = program.dynamic_shapes
+        def narrowed(config: Any, precision: str, bounds: Any) -> StepForm:
+            less = gathered_form(config, precision, dataclasses.replace(bounds, max_tokens=48))
+            return dataclasses.replace(less, bounds=bounds)
 
-        def narrowed(config: Any, bounds: Any) -> Any:
-            return declared(config, dataclasses.replace(bounds, max_tokens=48))
-
-        bench.patch.setattr(program, "dynamic_shapes", narrowed)
+        bench.patch.setattr(ExportedLowering, "make_form", staticmethod(narrowed))
         bench.prepare()
 
     def checked(change: str) -> Callable[[Bench], None]:
