@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal, Self, TypeVar, cast
 
@@ -109,12 +109,22 @@ class Pins(BaseModel):
 
         Args:
             path: ``dimension.field``, or ``dimension.field.key`` for an entry of a mapping.
-            value: the value itself, or text that is read as the field's type: ``null``, ``true``, ``42``, ``a,b``,
-                or JSON.  None (or ``null``) removes an entry of a mapping.
+            value: the value itself; a float is written as decimal text. None removes an entry of a mapping.
 
         Raises:
             PinError: an unknown name, with the valid ones, or a value that the field does not take.
         """
+        return self._set(path, value, [decimal_text(value) if isinstance(value, float) else value])
+
+    def set_text(self, path: str, text: str) -> Self:
+        """Return pins in which one field is what a person wrote: ``null``, ``true``, ``42``, ``a,b``, or JSON.
+
+        The field's type decides how the text is read; ``null`` is None wherever the field has it, and removes an entry
+        of a mapping. Args and errors are those of ``set``.
+        """
+        return self._set(path, text, _readings(text))
+
+    def _set(self, path: str, value: Any, readings: Sequence[Any]) -> Self:
         dimension, _, rest = path.partition(".")
         _check_name(dimension, DIMENSIONS, what="dimension", where=path)
         manifest = self.dimension(dimension)
@@ -124,7 +134,8 @@ class Pins(BaseModel):
         current = getattr(manifest, field)
         if key and not isinstance(current, dict):
             raise PinError(f"{dimension}.{field} has no entries of its own", where=path, fix=f"Set {dimension}.{field}")
-        return self.replace(**{dimension: _with_value(manifest, field, key, value, path)})
+        changed = _with_first_fitting(manifest, field, key, value=value, readings=readings, where=path)
+        return self.replace(**{dimension: changed})
 
     def to_documents(self) -> dict[str, dict[str, Any]]:
         """Return dimension name to plain JSON document."""
@@ -182,7 +193,7 @@ def with_settings(manifest: AnyManifest, settings: Iterable[str], *, dimension: 
         field, value = parse_setting(setting)
         field = field.removeprefix(f"{dimension}.")
         _check_name(field, fields, what=f"field of {dimension}", where=setting)
-        manifest = _with_value(manifest, field, "", value, setting)
+        manifest = _with_first_fitting(manifest, field, "", value=value, readings=_readings(value), where=setting)
     return manifest
 
 
@@ -195,11 +206,13 @@ def _check_name(name: str, known: tuple[str, ...], *, what: str, where: str) -> 
     raise PinError(shown, where=where, fix=f"{hint}Valid: {', '.join(known)}".strip())
 
 
-def _with_value(manifest: AnyManifest, field: str, key: str, value: Any, path: str) -> AnyManifest:
+def _with_first_fitting(
+    manifest: AnyManifest, field: str, key: str, *, value: Any, readings: Sequence[Any], where: str
+) -> AnyManifest:
     """Try each way to read the value until the whole document accepts one."""
     document = manifest.to_document()
     refusals: list[str] = []
-    for candidate in _readings(value):
+    for candidate in readings:
         changed = dict(document)
         if not key:
             changed[field] = candidate
@@ -214,18 +227,16 @@ def _with_value(manifest: AnyManifest, field: str, key: str, value: Any, path: s
     wanted = "text" if key else _kind(manifest, field)
     # a reading of the right type that was refused for its value says more than one of another type
     telling = next((text for text in refusals if "should be a valid" not in text), refusals[0])
-    raise PinError(f"the value {value!r} does not fit", where=path, fix=f"It takes {wanted}. {telling}")
+    raise PinError(f"the value {value!r} does not fit", where=where, fix=f"It takes {wanted}. {telling}")
 
 
-def _readings(value: Any) -> list[Any]:
+def _readings(text: str) -> list[Any]:
     """List what a text may stand for: itself, JSON, or a list of either, in this order; null stands for nothing."""
-    if not isinstance(value, str):
-        return [decimal_text(value) if isinstance(value, float) else value]
-    if value == "null":
-        return [None, value]
-    readings: list[Any] = [value]
-    readings.extend(_as_json(value))
-    words = [word.strip() for word in value.split(",")] if value else []
+    if text == "null":
+        return [None, text]
+    readings: list[Any] = [text]
+    readings.extend(_as_json(text))
+    words = [word.strip() for word in text.split(",")] if text else []
     readings.append(words)
     numbers = [number for word in words for number in _as_json(word)]
     if len(numbers) == len(words):

@@ -162,7 +162,7 @@ def apply_to_pins(pins: Pins, substitutions: Iterable[Substitution], *, ways: fr
             continue
         try:
             for path in substitution.paths:
-                pins = pins.set(path, substitution.value)
+                pins = pins.set_text(path, substitution.value)
         except ManifestError as error:
             message = str(error).removeprefix(f"{substitution.pin}: ").split(". ")[0]
             raise PinRefused(message, pin=substitution.pin, fix=error.fix) from None

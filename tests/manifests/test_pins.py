@@ -77,32 +77,47 @@ def test_the_run_manifest_is_the_eight_digests() -> None:
     [
         ("generation.seed", "7", 7),
         ("generation.temperature", "0.80", "0.8"),
-        ("generation.temperature", 1.5, "1.5"),
         ("generation.top_k", "null", None),
         ("generation.stop", "a, b", ("a", "b")),
         ("generation.stop", '["a,b"]', ("a,b",)),
         ("generation.stop_token_ids", "4", (4,)),
         ("generation.sampler", "7", "7"),
         ("scheduling.batch_sizes", "1,16", (1, 16)),
-        ("scheduling.batch_sizes", (1, 16), (1, 16)),
         ("scheduling.policy", "fair", "fair"),
         ("compiler.batch_invariant", "true", True),
         ("compiler.precision", "null", "null"),
-        ("hardware.threads", 2, 2),
+        ("hardware.gpu", "null", None),
         ("hardware.environment", '{"MKL_CBWR": "AVX2"}', {"MKL_CBWR": "AVX2"}),
         ("context.index_digest", digest(b"index"), digest(b"index")),
     ],
 )
-def test_text_is_read_as_the_type_of_its_field(path: str, text: Any, value: Any) -> None:
+def test_text_is_read_as_the_type_of_its_field(path: str, text: str, value: Any) -> None:
     dimension, field = path.split(".")
-    assert getattr(PINS.set(path, text).dimension(dimension), field) == value
+    assert getattr(PINS.set_text(path, text).dimension(dimension), field) == value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "stored"),
+    [
+        ("generation.temperature", 1.5, "1.5"),
+        ("generation.top_k", None, None),
+        ("scheduling.batch_sizes", (1, 16), (1, 16)),
+        ("hardware.threads", 2, 2),
+        ("hardware.gpu", "null", "null"),
+        ("hardware.environment", {"MKL_CBWR": "null"}, {"MKL_CBWR": "null"}),
+    ],
+)
+def test_a_value_is_stored_as_it_is(path: str, value: Any, stored: Any) -> None:
+    dimension, field = path.split(".")
+    assert getattr(PINS.set(path, value).dimension(dimension), field) == stored
 
 
 def test_entries_of_a_mapping_are_set_and_removed() -> None:
     changed = PINS.set("hardware.environment.MKL_CBWR", "COMPATIBLE")
     assert changed.hardware.environment == {"MKL_CBWR": "COMPATIBLE"}
-    assert changed.set("hardware.environment.MKL_CBWR", "null") == PINS
+    assert changed.set_text("hardware.environment.MKL_CBWR", "null") == PINS
     assert changed.set("hardware.environment.MKL_CBWR", None) == PINS
+    assert changed.set("hardware.environment.MKL_CBWR", "null").hardware.environment == {"MKL_CBWR": "null"}
     dotted = PINS.set("tools.tools.crm.lookup", digest(b"other"))
     assert dotted.tools.tools == {"crm.lookup": digest(b"other")}
 
@@ -127,8 +142,9 @@ def test_entries_of_a_mapping_are_set_and_removed() -> None:
     ],
 )
 def test_a_wrong_setting_names_what_would_be_right(path: str, value: Any, said: str) -> None:
+    setting = PINS.set_text if isinstance(value, str) else PINS.set
     with pytest.raises(PinError, match=said) as caught:
-        PINS.set(path, value)
+        setting(path, value)
     assert caught.value.where == path
 
 
@@ -156,7 +172,7 @@ def test_every_field_of_every_dimension_can_be_set_to_what_it_is(dimension: str)
 
 def test_a_later_field_is_left_out_at_its_default_and_still_differs() -> None:
     """Also inside another document, so that what was recorded before the field existed keeps its digest."""
-    before, after = PINS.scheduling, PINS.set("scheduling.max_num_queued_reqs", "8").scheduling
+    before, after = PINS.scheduling, PINS.set("scheduling.max_num_queued_reqs", 8).scheduling
     assert "max_num_queued_reqs" not in before.to_document()
     assert after.to_document() == before.to_document() | {"max_num_queued_reqs": 8}
     assert SchedulingManifest.from_document(after.to_document() | {"max_num_queued_reqs": None}) == before
