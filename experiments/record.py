@@ -132,6 +132,7 @@ def _deployment(arguments: argparse.Namespace, ledger: Path, store: PackageStore
     from manifests.canonical import digest
     from manifests.run import with_settings
     from manifests.scheduling import SchedulingManifest
+    from runtime.prepare.load import check_scheduling
     from runtime.serve.deployment import DOCUMENT_FILE, Deployment, create_support_desk
 
     if arguments.deployment is not None:
@@ -144,6 +145,7 @@ def _deployment(arguments: argparse.Namespace, ledger: Path, store: PackageStore
         return Deployment.load(arguments.deployment)
     packages = _packages(arguments.package, store)
     scheduling = with_settings(SchedulingManifest(), arguments.scheduling, dimension="scheduling")
+    check_scheduling(store, packages.values(), scheduling)
     name = digest({"seed": arguments.seed, "packages": packages, "scheduling": scheduling.to_document()})[7:19]
     folder = ledger / "deployments" / f"support-desk-{name}"
     if (folder / DOCUMENT_FILE).exists():

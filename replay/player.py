@@ -17,7 +17,7 @@ from manifests.diff import diff
 from manifests.hardware import HardwareManifest
 from manifests.run import Pins
 from manifests.scheduling import SchedulingManifest
-from replay.errors import IncompleteRecord
+from replay.errors import IncompleteRecord, PinRefused
 from replay.generation_services import AuditedGenerations, Generated, PlayedGenerations
 from replay.generations import (
     RecordedSequence,
@@ -37,7 +37,9 @@ from replay.routes import standing_routes
 from replay.substitutes import Substitution, Way, apply_to_pins, pin_changes
 from replay.verdict import ReplayVerdict
 from replay.worlds import Substitutes
+from runtime.backends.errors import CapacityExhausted
 from runtime.effects import RecordedEffects
+from runtime.engine.errors import SettingsRefused
 from runtime.engine.generation import GenerationResult
 from runtime.engine.plan import StepPlan
 from runtime.serve.deployment import DeploymentDocument
@@ -239,6 +241,8 @@ class _Passage:
             package = route.package
             if request.pins is not None:
                 package = setting.packages.choose(route.package, request.pins)
+            if setting.substitutions and setting.mode != "audit":
+                self._check_engine(package, route.engine_id)
             bindings[name] = setting.models.bind(
                 name,
                 package,
@@ -249,6 +253,15 @@ class _Passage:
                 audited=request.pins if setting.mode == "audit" else None,
             )
         return bindings
+
+    def _check_engine(self, package: str, engine_id: str) -> None:
+        """Refuse pins under which no engine could run the package: PinRefused names the first that may be to blame."""
+        substitutions = self._setting.substitutions
+        try:
+            self._setting.models.player(package, engine_id, self._scheduling())
+        except (SettingsRefused, CapacityExhausted) as error:
+            steering = [one for one in substitutions if one.way in (Way.RESCHEDULE, Way.PACKAGE)]
+            raise PinRefused(error.message, pin=(steering or substitutions)[0].pin, fix=error.fix) from error
 
     def _scheduling(self) -> SchedulingManifest:
         """Return the scheduling rules: the recorded ones, or as they were changed."""

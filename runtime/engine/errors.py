@@ -4,6 +4,7 @@ RuntimeFailure
   CapacityRefused
     SequenceRefused     capacity_admission     the request can never fit, the queue is full, or it was given up
   RequestRefused
+    SettingsRefused     validation_policy      the scheduling pins contradict each other or the package
     GrammarRefused      validation_policy      the schema cannot constrain decoding
     SamplingRefused     validation_policy      the request itself is malformed
   ProviderFailed
@@ -55,6 +56,13 @@ def given_up(
         if late
         else "raise scheduling.num_blocks or max_preemptions, or lower max_num_seqs",
     )
+
+
+class SettingsRefused(RequestRefused):
+    """The scheduling pins contradict each other, or the bounds of the package that they are for."""
+
+    def __init__(self, message: str, *, fix: str) -> None:
+        super().__init__(message, reason="scheduling_settings", fix=fix)
 
 
 class GrammarRefused(RequestRefused):

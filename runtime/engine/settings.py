@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from manifests.scheduling import Policy, SchedulingManifest
+from runtime.backends.contract import InputContract
 from runtime.backends.protocol import Executor
-from runtime.engine.errors import SequenceRefused
+from runtime.engine.errors import SettingsRefused
 
 MAX_PREEMPTIONS = 4
 """Where the manifest names none, under every policy but `fcfs`."""
@@ -47,28 +48,14 @@ class Settings:
     def of(
         cls, manifest: SchedulingManifest, *, max_positions: int, max_batch: int, max_tokens: int, max_context: int
     ) -> Settings:
-        """Read a manifest under a package's bounds; raises SequenceRefused where they contradict each other."""
+        """Read a manifest under a package's bounds; raises SettingsRefused where they contradict each other."""
+        _check(manifest, max_batch=max_batch)
         multiple, block = manifest.context_multiple, manifest.block_size
-        sizes = tuple(sorted(manifest.batch_sizes))
-        if multiple % block:
-            raise _refused(f"context_multiple {multiple} is no multiple of block_size {block}", fix="choose a multiple")
-        if manifest.max_num_batched_tokens < manifest.max_num_seqs:
-            raise _refused(
-                f"max_num_batched_tokens {manifest.max_num_batched_tokens} is below max_num_seqs "
-                f"{manifest.max_num_seqs}: decoding would starve",
-                fix="raise scheduling.max_num_batched_tokens",
-            )
-        if sizes[-1] < manifest.max_num_seqs or sizes[-1] > max_batch:
-            raise _refused(
-                f"the largest batch size {sizes[-1]} must cover max_num_seqs {manifest.max_num_seqs} and stay within "
-                f"the package's {max_batch} rows",
-                fix="adjust scheduling.batch_sizes",
-            )
         chunk = min(manifest.max_num_batched_tokens, max_tokens // block * block)
         if manifest.long_prefill_token_threshold:
             chunk = min(chunk, manifest.long_prefill_token_threshold)
         if chunk < 1 or max_context < multiple:
-            raise _refused("the package's bounds are below one block", fix="prepare it with larger bounds")
+            raise SettingsRefused("the package's bounds are below one block", fix="prepare it with larger bounds")
         return cls(
             max_num_seqs=manifest.max_num_seqs,
             max_num_batched_tokens=manifest.max_num_batched_tokens,
@@ -78,7 +65,7 @@ class Settings:
             watermark_blocks=int(Decimal(manifest.watermark) * manifest.num_blocks),
             enable_prefix_caching=manifest.enable_prefix_caching,
             context_multiple=multiple,
-            batch_sizes=sizes,
+            batch_sizes=tuple(sorted(manifest.batch_sizes)),
             longest_sequence=min(max_positions, max_context // multiple * multiple, manifest.num_blocks * block),
             policy=manifest.policy,
             max_num_queued_reqs=manifest.max_num_queued_reqs,
@@ -106,8 +93,12 @@ class Settings:
 
 
 def settings_for(scheduling: SchedulingManifest, executor: Executor) -> Settings:
-    """Read a scheduling manifest under the bounds of the package that runs; raises SequenceRefused."""
-    contract = executor.contract
+    """Read a scheduling manifest under the bounds of the package that runs; raises SettingsRefused."""
+    return settings_within(scheduling, executor.contract)
+
+
+def settings_within(scheduling: SchedulingManifest, contract: InputContract) -> Settings:
+    """Read a scheduling manifest under a package's contract, which needs no loaded model; raises SettingsRefused."""
     return Settings.of(
         scheduling,
         max_positions=contract.max_positions,
@@ -128,5 +119,23 @@ def _preemption_limit(manifest: SchedulingManifest) -> int | None:
     return MAX_PREEMPTIONS
 
 
-def _refused(message: str, *, fix: str) -> SequenceRefused:
-    return SequenceRefused(message, reason="scheduling_settings", fix=fix)
+def _check(manifest: SchedulingManifest, *, max_batch: int) -> None:
+    """Refuse pins that no engine could honour together, or not with packages of so many rows."""
+    multiple, block, most = manifest.context_multiple, manifest.block_size, manifest.max_num_seqs
+    largest = max(manifest.batch_sizes, default=0)
+    if multiple % block:
+        message = f"context_multiple {multiple} is no multiple of block_size {block}"
+        raise SettingsRefused(message, fix=f"set context_multiple to {-(-multiple // block) * block}, or block_size")
+    if manifest.max_num_batched_tokens < most:
+        message = f"max_num_batched_tokens {manifest.max_num_batched_tokens} is below max_num_seqs {most}"
+        raise SettingsRefused(f"{message}: decoding would starve", fix="raise scheduling.max_num_batched_tokens")
+    if not most <= largest <= max_batch:
+        sizes = ",".join(map(str, manifest.batch_sizes)) or "(none)"
+        message = f"the largest of batch_sizes {sizes} must cover max_num_seqs {most}"
+        raise SettingsRefused(
+            f"{message} and stay within the package's {max_batch} rows",
+            fix="adjust scheduling.batch_sizes and scheduling.max_num_seqs, or prepare with a larger --max-batch",
+        )
+    if not 0 <= Decimal(manifest.watermark) <= 1:
+        message = f"watermark {manifest.watermark} is no share of the blocks"
+        raise SettingsRefused(message, fix="give it between 0 and 1, such as 0.05")

@@ -149,6 +149,7 @@ async def _serve_until_signalled(server: uvicorn.Server, listener: socket.socket
 def _create(arguments: argparse.Namespace) -> Deployment:
     from manifests.run import with_settings
     from manifests.scheduling import SchedulingManifest
+    from runtime.prepare.load import check_scheduling
     from runtime.prepare.store import PackageStore
     from runtime.serve.deployment import create_support_desk
 
@@ -156,6 +157,7 @@ def _create(arguments: argparse.Namespace) -> Deployment:
     store = PackageStore(arguments.ledger)
     names = ["primary", *(f"fallback-{place}" for place in range(1, len(arguments.create)))]
     packages = {name: store.resolve(package) for name, package in zip(names, arguments.create, strict=True)}
+    check_scheduling(store, packages.values(), scheduling)
     return create_support_desk(arguments.deployment, seed=arguments.seed, packages=packages, scheduling=scheduling)
 
 

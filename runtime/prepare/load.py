@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from manifests.artifact import ArtifactManifest
 from manifests.compiler import CompilerManifest
+from manifests.scheduling import SchedulingManifest
 from runtime.backends.buckets import BucketPlan
 from runtime.backends.contract import InputContract
 from runtime.backends.decoder_source import DECODER_SOURCE, decoder_source
@@ -24,6 +25,7 @@ from runtime.backends.lowering import unknown
 from runtime.backends.one_shot import OneShotExecutor
 from runtime.backends.protocol import Executor, LoadSpec, require
 from runtime.backends.registry import backend_named
+from runtime.engine.settings import settings_within
 from runtime.models.config import ModelConfig
 from runtime.prepare.errors import PackageRefused
 from runtime.prepare.manifest import PackageManifest, read_config_document
@@ -84,13 +86,7 @@ def load_package(
     envelope, then the backend loads.  Errors: `PackageUnknown`, `PackageRefused`, `BackendError`.
     """
     package_digest, manifest = open_package(store, digest, candidate=candidate)
-    if is_one_shot(manifest):
-        raise PackageRefused(
-            f"package {package_digest[:19]} is a one-shot model, which has no tokens to decode",
-            fix="call it with `replaylab infer`",
-            evidence={"artifact_digest": package_digest, "operator_details": manifest.artifact.family},
-            stage="a08",
-        )
+    _refuse_one_shot(manifest, package_digest)
     config = read_config_document(manifest.config)
     folder = store.path(package_digest)
     with failing_at(Stage.LOAD):
@@ -107,6 +103,17 @@ def load_package(
     )
 
 
+def check_scheduling(store: PackageStore, packages: Iterable[str], scheduling: SchedulingManifest) -> None:
+    """Refuse scheduling pins that an engine could not honour with these packages, before any is loaded.
+
+    Errors: `SettingsRefused`, and `PackageRefused` for a one-shot package, which no engine runs.
+    """
+    for package in packages:
+        manifest = store.read_manifest(package)
+        _refuse_one_shot(manifest, package)
+        settings_within(scheduling, InputContract.from_document(manifest.contract))
+
+
 def load_spec(manifest: PackageManifest, config: ModelConfig, *, threads: int = 1) -> LoadSpec:
     """Read from a package's manifest what its backend needs to load it."""
     return LoadSpec(
@@ -119,6 +126,16 @@ def load_spec(manifest: PackageManifest, config: ModelConfig, *, threads: int = 
         buckets=BucketPlan.from_document(manifest.contract["buckets"]) if "buckets" in manifest.contract else None,
         batch_invariant=manifest.compiler.batch_invariant,
     )
+
+
+def _refuse_one_shot(manifest: PackageManifest, package_digest: str) -> None:
+    if is_one_shot(manifest):
+        raise PackageRefused(
+            f"package {package_digest[:19]} is a one-shot model, which has no tokens to decode",
+            fix="call it with `replaylab infer`",
+            evidence={"artifact_digest": package_digest, "operator_details": manifest.artifact.family},
+            stage="a08",
+        )
 
 
 def _load(backend: str, folder: Path, spec: LoadSpec, hosting: Hosting | None) -> Executor:

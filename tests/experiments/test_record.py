@@ -103,6 +103,18 @@ def test_bad_input_is_one_clear_error(
     assert says in said
 
 
+@pytest.mark.parametrize("setting", ["context_multiple=7", "batch_sizes=", "watermark=2", "max_num_seqs=65"])
+def test_scheduling_that_no_engine_could_honour_is_refused_before_anything_is_written(
+    prepared: Path, setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(prepared.rglob("*"))
+    code = main(["record", "support-desk", "--package", "plain", "--scheduling", setting, "--ledger", str(prepared)])
+    said = capsys.readouterr().err
+    assert code == 2
+    assert setting.partition("=")[0].split("_")[0] in said and "fix:" in said
+    assert sorted(prepared.rglob("*")) == before
+
+
 def test_a_control_that_names_nothing_is_refused_before_anything_runs(
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -280,6 +280,13 @@ def test_a_pin_that_cannot_be_set_is_refused_before_anything_runs(
         assert verdict["refused_pin"] == setting.partition("=")[0]
 
 
+@pytest.mark.parametrize("setting", ["scheduling.context_multiple=7", f"scheduling.num_blocks={10**13}"])
+def test_scheduling_that_no_engine_could_honour_is_refused(recorded: Recorded, replay: Replay, setting: str) -> None:
+    (verdict,) = replay(setting, requests=recorded.references()[:1]).values()
+    assert (verdict.verdict, verdict.refused_pin) == (Verdict.REFUSED, setting.partition("=")[0])
+    assert verdict.replay["fix"]
+
+
 def test_a_backend_that_was_never_prepared_is_refused_by_its_pin_without_the_model(
     replay: Replay, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:

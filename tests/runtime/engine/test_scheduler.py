@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.engine.errors import SequenceRefused
+from runtime.engine.errors import SequenceRefused, SettingsRefused
 from runtime.engine.scheduler import new_state, submit
 from tests.runtime.engine.stepping import run, settings_of
 from traces.failures import FailureClass
@@ -65,12 +65,21 @@ def test_what_can_never_fit_is_refused_as_capacity() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"context_multiple": 6}, {"batch_sizes": (1, 2)}, {"max_num_batched_tokens": 3}],
+    [
+        {"context_multiple": 6},
+        {"batch_sizes": (1, 2)},
+        {"batch_sizes": ()},
+        {"max_num_batched_tokens": 3},
+        {"watermark": "1.01"},
+        {"watermark": "-0.5"},
+    ],
 )
 def test_contradicting_pins_are_refused(changes: dict[str, object]) -> None:
-    """Settings that no engine could honour are refused before it starts."""
-    with pytest.raises(SequenceRefused):
+    """Settings that no engine could honour are refused before it starts, as bad input that names the pin."""
+    with pytest.raises(SettingsRefused, match=next(iter(changes)).split("_")[0]) as caught:
         settings_of(**changes)
+    assert caught.value.failure_class is FailureClass.VALIDATION_POLICY
+    assert caught.value.fix
 
 
 def test_a_watermark_holds_back_admission_but_never_the_only_sequence() -> None:
