@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from runtime.backends.contract import Integers
 from runtime.backends.executor import StepInputs
 from runtime.backends.onnxruntime import OrtExecutor
-from runtime.backends.pool import ArrayPool, foreign_pool
+from runtime.backends.pool import ArrayPool, check_selection, foreign_pool
 from runtime.backends.protocol import Floats, KVPool, StepOutput
 from runtime.backends.resident import ResidentRows, Tables
 from runtime.models.config import ModelConfig
@@ -21,26 +22,38 @@ from runtime.models.config import ModelConfig
 class BoundStep:
     """The leading rows of some tables, and the small inputs beside them, bound to a session."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, tables: Tables, *, batch: int, count: int) -> None:
+    def __init__(
+        self, session: onnxruntime.InferenceSession, tables: Tables, *, batch: int, count: int, vocab_size: int
+    ) -> None:
         self._session = session
+        self._shape = (batch, count, vocab_size)
         self._tokens, self._positions = (np.zeros((batch, count), dtype=np.int64) for _ in range(2))
         self._lengths = np.zeros(batch, dtype=np.int64)
         self._binding: Any = session.io_binding()
-        for name in ("token_ids", "positions", "context_lengths"):
-            array = {"token_ids": self._tokens, "positions": self._positions}.get(name, self._lengths)
+        small = {"token_ids": self._tokens, "positions": self._positions, "context_lengths": self._lengths}
+        for name, array in small.items():
             self._binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
-        self._binding.bind_output("logits")
+        self._bind_logits()
         for number, table in enumerate(tables.layers(batch)):
             value = onnxruntime.OrtValue.ortvalue_from_numpy(table)
             self._binding.bind_ortvalue_input(f"tables_{number}", value)
             self._binding.bind_ortvalue_output(f"filled_{number}", value)
 
+    def _bind_logits(self) -> None:
+        self._logits = np.empty(self._shape, dtype=np.float32)
+        self._binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(self._logits))
+
     def run(self, tokens: Integers, positions: Integers, lengths: Integers) -> Floats:
         """Run the step once; the tables are filled in place.  Returns logits [B,T,vocab]."""
         self._tokens[...], self._positions[...], self._lengths[...] = tokens, positions, lengths
-        self._binding.bind_output("logits")  # anew: the last answer belongs to whoever asked for it
+        if sys.getrefcount(self._logits) > OWN_REFERENCES:  # somebody still holds the last answer, or a view of it
+            self._bind_logits()
         self._session.run_with_iobinding(self._binding)
-        return self._binding.get_outputs()[0].numpy()
+        return self._logits
+
+
+OWN_REFERENCES = 2
+"""Of an array that one attribute holds, as `sys.getrefcount` counts: its own argument is one."""
 
 
 class ResidentOrtPool(ArrayPool):
@@ -48,9 +61,10 @@ class ResidentOrtPool(ArrayPool):
 
     def __init__(self, config: ModelConfig, num_slots: int) -> None:
         super().__init__(num_layers=config.num_layers, num_slots=num_slots, width=config.kv_width)
-        self.turn = threading.Lock()
-        """Held for a step: rows are brought in place for one at a time."""
+        self.turn = threading.RLock()
+        """Held for a step, a write and a read: rows are brought in place for one at a time."""
         self.rows = ResidentRows(config, self)
+        self._vocab_size = config.vocab_size
         self._bound: dict[int, BoundStep] = {}
         self._bound_to: Tables | None = None
 
@@ -60,9 +74,18 @@ class ResidentOrtPool(ArrayPool):
         self.rows.watched = False
 
     def write(self, slot_ids: Integers, new_k: Any, new_v: Any, *, rows: Integers, columns: Integers) -> None:
-        """See `KVPool.write`."""
-        super().write(slot_ids, new_k, new_v, rows=rows, columns=columns)
-        self.rows.wrote(slot_ids, new_k, rows)
+        """See `KVPool.write`; what stands in a row's place already is left there until somebody reads it."""
+        check_selection(slot_ids, rows, columns, shape=new_k.shape, slots=self.num_slots)
+        with self.turn:
+            if not self.rows.keep(slot_ids, new_k, new_v, rows):
+                self.rows.overwritten(slot_ids)
+                super().write(slot_ids, np.asarray(new_k), np.asarray(new_v), rows=rows, columns=columns)
+
+    def read(self, slot_ids: Integers) -> tuple[Floats, Floats]:
+        """See `KVPool.read`."""
+        with self.turn:
+            self.rows.settle(slot_ids)
+            return super().read(slot_ids)
 
     def bound(self, session: onnxruntime.InferenceSession, batch: int) -> BoundStep:
         """Give the binding of a decode call over the resident rows."""
@@ -70,14 +93,15 @@ class ResidentOrtPool(ArrayPool):
             self._bound, self._bound_to = {}, self.rows.tables
         found = self._bound.get(batch)
         if found is None:
-            found = self._bound[batch] = BoundStep(session, self.rows.tables, batch=batch, count=1)
+            found = BoundStep(session, self.rows.tables, batch=batch, count=1, vocab_size=self._vocab_size)
+            self._bound[batch] = found
         return found
 
 
 class ResidentOrtExecutor(OrtExecutor):
     """One inference session whose program fills the tables that it is handed."""
 
-    def new_pool(self, num_slots: int) -> Any:
+    def new_pool(self, num_slots: int) -> ResidentOrtPool:
         """Allocate a zeroed float32 pool."""
         return ResidentOrtPool(self.config, num_slots)
 
@@ -86,24 +110,26 @@ class ResidentOrtExecutor(OrtExecutor):
         if not isinstance(pool, ResidentOrtPool) or pool.k.shape[1] != self.config.kv_width:
             raise foreign_pool(pool)
         tokens, positions, slots, lengths = inputs
-        batch, count = tokens.shape
+        count = tokens.shape[1]
         # The layout by position has the new tokens' columns in it already (`invariant.arrange`).
         columns = slots.shape[1] + (0 if self.spec.batch_invariant else count)
         with pool.turn:
             if count > 1:
-                tables = self._gather(slots, lengths, pool, columns=columns)
-                logits = BoundStep(loaded, tables, batch=batch, count=count).run(tokens, positions, lengths)
-                return StepOutput(logits, *tables.new_columns(lengths, count))
-            tables = pool.rows.prepare(slots, lengths, columns=columns)
-            logits = pool.bound(loaded, batch).run(tokens, positions, lengths)
-            new_k, new_v = tables.new_columns(lengths, 1)
-            pool.rows.ran(lengths, new_k)
-            return StepOutput(logits, new_k, new_v)
+                return self._run_chunks(loaded, inputs, pool, columns=columns)
+            pool.rows.prepare(slots, lengths, columns=columns)
+            logits = pool.bound(loaded, len(tokens)).run(tokens, positions, lengths)
+            return StepOutput(logits, *pool.rows.ran(slots, lengths))
 
-    def _gather(self, slots: Integers, lengths: Integers, pool: ArrayPool, *, columns: int) -> Tables:
-        """Lay out context for one call: chunks are long, and their rows seldom come again."""
-        tables = Tables(self.config, rows=len(lengths), columns=columns)
+    def _run_chunks(
+        self, loaded: onnxruntime.InferenceSession, inputs: StepInputs, pool: ResidentOrtPool, *, columns: int
+    ) -> StepOutput:
+        """Run a call on tables of its own: chunks are long, and their rows seldom come again."""
+        tokens, positions, slots, lengths = inputs
+        batch, count = tokens.shape
+        tables = Tables(self.config, rows=batch, columns=columns)
         for row, length in enumerate(lengths.tolist()):
             if length:
+                pool.rows.settle(slots[row, :length])
                 tables.fill(row, pool, slots[row, :length])
-        return tables
+        step = BoundStep(loaded, tables, batch=batch, count=count, vocab_size=self.config.vocab_size)
+        return StepOutput(step.run(tokens, positions, lengths), *tables.new_columns(lengths, count))
