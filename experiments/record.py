@@ -26,8 +26,9 @@ example:
   replaylab record workload.jsonl --scheduling policy=fair --scheduling max_num_queued_reqs=64
   replaylab record support-desk --slo-ttft-ms 500 --slo-tpot-ms 30      goodput: requests a second that kept both
 
-A workload is JSON Lines ({"at_us", "tenant", "question", "generation"}, or {"at_us", "control": "activate", "route",
-"package"}), an Azure LLM inference trace, or a Mooncake trace; the latter two are scaled to the model.
+A workload is JSON Lines ({"at_us", "tenant", "question", "generation", "deadline_us", "priority"}, or {"at_us",
+"control": "activate", "route", "package"}), an Azure LLM
+inference trace, or a Mooncake trace; the latter two are scaled to the model.
 Times count from the scheduled arrival, so that a late client hides no queue; how late it sent is the send lag.
 TPOT is (last - first token) / (tokens - 1) of a generation, ITL a gap between two chunks divided by the tokens that
 ended it. A wait for a tool counts to the end of a request, and is no gap between tokens.
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--deployment", type=Path, default=None, metavar="FOLDER", help="serve this deployment")
     parser.add_argument("--seed", type=int, default=0, help="of the support desk made for the run (default 0)")
-    parser.add_argument("--temperature", type=float, default=None, help=f"for {SUPPORT_DESK} (default: greedy)")
+    parser.add_argument("--temperature", type=_temperature, default=None, help=f"for {SUPPORT_DESK} (default: greedy)")
     parser.add_argument(
         "--scheduling", action="append", default=[], metavar="FIELD=VALUE", help="an engine setting; repeat for more"
     )
@@ -260,6 +261,16 @@ def _speed(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"{text} is not a positive factor")
+    return value
+
+
+def _temperature(text: str) -> float:
+    """Read a temperature that a request envelope takes."""
+    from runtime.serve.envelope import LARGEST_TEMPERATURE
+
+    value = float(text)
+    if not 0 <= value <= LARGEST_TEMPERATURE:
+        raise argparse.ArgumentTypeError(f"{text} is no temperature from 0 to {LARGEST_TEMPERATURE}")
     return value
 
 

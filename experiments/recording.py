@@ -118,6 +118,8 @@ def envelope_of(request: WorkloadRequest) -> dict[str, Any]:
         envelope["conversation"] = request.conversation
     if request.deadline_us is not None:
         envelope["timeout_us"] = request.deadline_us
+    if request.priority is not None:
+        envelope["priority"] = request.priority
     if request.route is not None:
         envelope["model"] = {"route": request.route}
     return envelope | {"generation": generation}

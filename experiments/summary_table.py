@@ -38,7 +38,7 @@ def print_summary(summary: Mapping[str, Any], workload: Workload) -> None:
         **{name: _percentiles(summary[field]) for name, field in TIMES.items()},
         "tokens": f"{summary['prompt_tokens']} in ({summary['cached_tokens']} cached), {summary['output_tokens']} out",
         "engine": f"{summary['generations']} generations, {summary['engine_steps']} steps, "
-        f"largest batch {summary['largest_batch']}",
+        f"largest batch {summary['largest_batch'] or '-'}",
         "time in the engine": _shares(summary["engine_time_us"]),
         "events dropped": str(summary["events_dropped"]),
     }

@@ -24,10 +24,24 @@ WorkloadFormat = Literal["auto", "jsonl", "azure", "mooncake"]
 FORMATS: tuple[WorkloadFormat, ...] = ("auto", "jsonl", "azure", "mooncake")
 
 REQUEST_FIELDS = frozenset(
-    {"at_us", "tenant", "question", "prompt_tokens", "conversation", "route", "deadline_us", "generation", "expect"}
+    {
+        "at_us",
+        "tenant",
+        "question",
+        "prompt_tokens",
+        "conversation",
+        "route",
+        "deadline_us",
+        "priority",
+        "generation",
+        "expect",
+    }
 )
 CONTROL_FIELDS = frozenset({"at_us", "control", "route", "package"})
 GENERATION_FIELDS = frozenset({"seed", "temperature", "top_k", "top_p", "max_tokens"})
+
+LOWEST_PRIORITY = 9
+"""The largest priority number of a request envelope: least is first."""
 
 LONGEST_US = 3_600_000_000
 """An hour: the longest deadline that a request envelope takes."""
@@ -44,6 +58,7 @@ class WorkloadRequest:
     conversation   the conversation it continues, if any
     route          the route it asks for; None takes the deployment's default
     deadline_us    microseconds after arrival at which the answer is of no use; None for the deployment's limit
+    priority       0 to 9, least first, under the scheduling policy `priority`; None for the envelope's default, 0
     generation     sampling fields by name; what is left out is the deployment's default
     expect         what a right answer contains, for quality only: never sent to the runtime
     """
@@ -55,13 +70,14 @@ class WorkloadRequest:
     conversation: str | None = None
     route: str | None = None
     deadline_us: int | None = None
+    priority: int | None = None
     generation: Mapping[str, Any] = field(default_factory=dict[str, Any])
     expect: Mapping[str, Any] | None = None
 
     def document(self) -> dict[str, Any]:
         """Return the line of the workload file that says this request."""
         line: dict[str, Any] = {"at_us": self.at_us, "tenant": self.tenant}
-        for name in ("question", "prompt_tokens", "conversation", "route", "deadline_us", "expect"):
+        for name in ("question", "prompt_tokens", "conversation", "route", "deadline_us", "priority", "expect"):
             if getattr(self, name) is not None:
                 line[name] = getattr(self, name)
         if self.generation:
@@ -194,6 +210,10 @@ def _parse_line(path: Path, number: int, text: str) -> WorkloadItem:
         return ActivatePackage(at_us=line["at_us"], route=line["route"], package=line["package"])
     _check_mappings(path, number, line)
     _check_prompt(path, number, line)
+    priority = line.get("priority", 0)
+    if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority <= LOWEST_PRIORITY:
+        message = f"'priority' must be a whole number from 0 (first) to {LOWEST_PRIORITY}, not {priority!r}"
+        raise WorkloadError(message, path=path, line=number)
     if "prompt_tokens" in line:
         line["prompt_tokens"] = tuple(line["prompt_tokens"])
     return WorkloadRequest(**line)

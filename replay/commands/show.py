@@ -173,8 +173,9 @@ def _print_engine_time(out: Console, seen: dict[str, Any]) -> None:
     for place, one in enumerate(seen["generations"], 1):
         if one["cached_from"]:
             blocks = one["cached_from"]
-            steps = ", ".join(str(step) for step in sorted({block["step"] for block in blocks}))
-            out.print(f"no. {place} read {len(blocks)} cache blocks that steps {steps} computed", soft_wrap=True)
+            found = sorted({block["step"] for block in blocks})
+            steps = f"step{'s' if len(found) > 1 else ''} {', '.join(map(str, found))}"
+            out.print(f"no. {place} read {len(blocks)} cache blocks that {steps} computed", soft_wrap=True)
 
 
 def _print_tools(out: Console, seen: dict[str, Any]) -> None:

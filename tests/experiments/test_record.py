@@ -18,7 +18,7 @@ from experiments.arrivals import Sent
 from experiments.recording import Answered, Recording, TokenChunks, envelope_of, record_workload
 from experiments.summary import quantiles, summarize
 from experiments.support_desk import support_desk_workload
-from experiments.workloads import ActivatePackage, WorkloadRequest, write_jsonl
+from experiments.workloads import LOWEST_PRIORITY, ActivatePackage, WorkloadRequest, write_jsonl
 from replaylab import main
 from runtime.engine.generation import TokenRecord
 from runtime.models.reference import task
@@ -151,10 +151,12 @@ def test_every_line_of_a_workload_is_a_valid_envelope() -> None:
     requests = [
         *support_desk_workload(3, 20, temperature=0.7).requests,
         WorkloadRequest(at_us=0, tenant="acme", prompt_tokens=(1, 2), deadline_us=5, route="r", conversation="c"),
+        WorkloadRequest(at_us=0, tenant="acme", question="q", priority=LOWEST_PRIORITY),
     ]
     for request in requests:
         envelope = parse_envelope(json.dumps(envelope_of(request)).encode())
         assert envelope.tenant == request.tenant
+        assert envelope.priority == (request.priority or 0)
         assert envelope.task.kind == ("support" if request.question is not None else "completion")
 
 
@@ -256,3 +258,11 @@ def test_an_objective_that_is_no_time_is_refused(text: str, capsys: pytest.Captu
         main(["record", "support-desk", "--slo-ttft-ms", text])
     assert ended.value.code == 2
     assert "milliseconds above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["nan", "-1", "5.1", "warm"])
+def test_a_temperature_that_no_request_takes_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["record", "support-desk", "--temperature", text])
+    assert caught.value.code == 2
+    assert "--temperature" in capsys.readouterr().err

@@ -33,7 +33,7 @@ def test_a_written_workload_reads_back_equal(tmp_path: Path) -> None:
         WorkloadRequest(at_us=0, tenant="acme", question="Où est mon colis ?", generation={"seed": 3}),
         ActivatePackage(at_us=5, route="default", package="bfloat16"),
         WorkloadRequest(
-            at_us=9, tenant="globex", question="q", deadline_us=50, conversation="c1", expect={"tool": "x"}
+            at_us=9, tenant="globex", question="q", deadline_us=50, priority=2, conversation="c1", expect={"tool": "x"}
         ),
     )
     path = tmp_path / "load.jsonl"
@@ -48,6 +48,8 @@ def test_a_written_workload_reads_back_equal(tmp_path: Path) -> None:
         ('{"at_us": -1, "tenant": "a", "question": "q"}', "'at_us' must be a whole number"),
         ('{"at_us": 1, "tenant": "a", "question": "q", "deadline_us": -5}', "from 1 to 3600000000, not -5"),
         ('{"at_us": 1, "tenant": "a", "question": "q", "deadline_us": 0}', "from 1 to 3600000000, not 0"),
+        ('{"at_us": 1, "tenant": "a", "question": "q", "priority": 10}', "from 0 (first) to 9, not 10"),
+        ('{"at_us": 1, "tenant": "a", "question": "q", "priority": true}', "from 0 (first) to 9, not True"),
         ('{"at_us": true, "tenant": "a", "question": "q"}', "'at_us' must be a whole number"),
         ('{"at_us": 0.5, "tenant": "a", "question": "q"}', "'at_us' must be a whole number"),
         ('{"at_us": 0, "tenant": "a", "question": "q", "colour": 1}', "unknown field 'colour'"),
