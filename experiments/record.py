@@ -70,7 +70,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="MS",
             help=f"goodput: a good request takes at most MS {what}",
         )
-    parser.add_argument("--threads", type=_count, default=1, metavar="N", help="compute threads (default 1)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        choices=range(1, 65),
+        default=1,
+        metavar="1..64",
+        help="compute threads, a pin (default: 1)",
+    )
     parser.add_argument("--ledger", type=Path, default=None, metavar="PATH", help="default: REPLAYLAB_LEDGER, ./ledger")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON on standard output")
 

@@ -55,7 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8321, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="compute threads (default: %(default)s)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        choices=range(1, 65),
+        default=1,
+        metavar="1..64",
+        help="compute threads, a pin (default: 1)",
+    )
     parser.add_argument(
         "--isolate",
         choices=ISOLATION,

@@ -48,7 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-queue-size", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--instance-count", type=int, default=1, help="executors side by side (default: %(default)s)")
     parser.add_argument("--preserve-ordering", action="store_true", help="answers leave in the order of requests")
-    parser.add_argument("--threads", type=int, default=1, help="compute threads, a pin (default: %(default)s)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        choices=range(1, 65),
+        default=1,
+        metavar="1..64",
+        help="compute threads, a pin (default: 1)",
+    )
     parser.add_argument("--ledger", type=Path, help="ledger folder (default: REPLAYLAB_LEDGER or ./ledger)")
     parser.add_argument("--json", action="store_true", help="print one JSON document with batches and times")
 

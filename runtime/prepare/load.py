@@ -25,7 +25,8 @@ from runtime.backends.lowering import unknown
 from runtime.backends.one_shot import OneShotExecutor
 from runtime.backends.protocol import Executor, LoadSpec, require
 from runtime.backends.registry import backend_named
-from runtime.engine.settings import settings_within
+from runtime.engine.errors import SettingsRefused
+from runtime.engine.settings import pool_slots, settings_within
 from runtime.models.config import ModelConfig
 from runtime.prepare.errors import PackageRefused
 from runtime.prepare.manifest import PackageManifest, read_config_document
@@ -106,12 +107,23 @@ def load_package(
 def check_scheduling(store: PackageStore, packages: Iterable[str], scheduling: SchedulingManifest) -> None:
     """Refuse scheduling pins that an engine could not honour with these packages, before any is loaded.
 
-    Errors: `SettingsRefused`, and `PackageRefused` for a one-shot package, which no engine runs.
+    Errors: `SettingsRefused`, also for a cache larger than the machine's memory; `PackageRefused` for a one-shot
+    package, which no engine runs.
     """
     for package in packages:
         manifest = store.read_manifest(package)
         _refuse_one_shot(manifest, package)
-        settings_within(scheduling, InputContract.from_document(manifest.contract))
+        contract = InputContract.from_document(manifest.contract)
+        settings = settings_within(scheduling, contract)
+        number = 2 if manifest.compiler.precision == "bfloat16" else 4
+        wanted = 2 * pool_slots(settings) * contract.num_layers * contract.kv_width * number
+        most = psutil.virtual_memory().total
+        if wanted > most:
+            raise SettingsRefused(
+                f"num_blocks {settings.num_blocks} of {settings.block_size} tokens are {wanted} bytes of keys and "
+                f"values with this package, and the machine has {most}",
+                fix="lower scheduling.num_blocks",
+            )
 
 
 def load_spec(manifest: PackageManifest, config: ModelConfig, *, threads: int = 1) -> LoadSpec:

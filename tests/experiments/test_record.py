@@ -103,7 +103,9 @@ def test_bad_input_is_one_clear_error(
     assert says in said
 
 
-@pytest.mark.parametrize("setting", ["context_multiple=7", "batch_sizes=", "watermark=2", "max_num_seqs=65"])
+@pytest.mark.parametrize(
+    "setting", ["context_multiple=7", "batch_sizes=", "watermark=2", "max_num_seqs=65", "num_blocks=100000000"]
+)
 def test_scheduling_that_no_engine_could_honour_is_refused_before_anything_is_written(
     prepared: Path, setting: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +115,16 @@ def test_scheduling_that_no_engine_could_honour_is_refused_before_anything_is_wr
     assert code == 2
     assert setting.partition("=")[0].split("_")[0] in said and "fix:" in said
     assert sorted(prepared.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", [["record", "support-desk"], ["serve"], ["infer"]])
+def test_a_number_of_threads_that_no_machine_has_is_refused(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--threads", "100"])
+    assert ended.value.code == 2
+    assert "--threads" in capsys.readouterr().err
 
 
 def test_a_control_that_names_nothing_is_refused_before_anything_runs(
