@@ -117,8 +117,8 @@ class ResidentOrtExecutor(OrtExecutor):
             if count > 1:
                 return self._run_chunks(loaded, inputs, pool, columns=columns)
             pool.rows.prepare(slots, lengths, columns=columns)
-            logits = pool.bound(loaded, len(tokens)).run(tokens, positions, lengths)
-            return StepOutput(logits, *pool.rows.ran(slots, lengths))
+            new = pool.rows.begin(slots, lengths)  # before it runs: what a failing step leaves is nobody's either
+            return StepOutput(pool.bound(loaded, len(tokens)).run(tokens, positions, lengths), *new)
 
     def _run_chunks(
         self, loaded: onnxruntime.InferenceSession, inputs: StepInputs, pool: ResidentOrtPool, *, columns: int

@@ -60,12 +60,15 @@ class Tables:
 
     def new_columns(self, starts: Integers, count: int) -> tuple[Floats, Floats]:
         """Copy out what a step put behind the context of its rows, [layers,B,count,kv width] each."""
-        batch = len(starts)
-        rows, columns = np.arange(batch)[:, None], starts[:, None] + np.arange(count)
-        layers = len(self.k)
-        # Indices around a slice come first in the result: [B,count,layers,heads,head_dim].
-        k, v = (side[:, rows, :, columns].transpose(2, 0, 1, 3, 4) for side in (self.k, self.v))
-        return k.reshape(layers, batch, count, -1), v.reshape(layers, batch, count, -1)
+        return behind(self.k, starts, count), behind(self.v, starts, count)
+
+
+def behind(side: Floats, starts: Integers, count: int) -> Floats:
+    """Copy out `count` columns of each row from its start on, [layers,B,count,kv width]."""
+    rows, columns = np.arange(len(starts))[:, None], starts[:, None] + np.arange(count)
+    # Indices around a slice come first in the result: [B,count,layers,heads,head_dim].
+    found = side[:, rows, :, columns].transpose(2, 0, 1, 3, 4)
+    return found.reshape(len(side), len(starts), count, -1)
 
 
 class NewColumns:
@@ -90,8 +93,7 @@ class NewColumns:
                 fix="write them into the pool before the next step",
                 evidence={"guard": "one step at a time over a pool"},
             )
-        found = self._side[:, np.arange(len(self._starts)), :, self._starts]
-        return found.swapaxes(0, 1).reshape(self.shape)
+        return behind(self._side, self._starts, 1)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return self.numpy().astype(dtype or self.dtype, copy=False)
@@ -124,7 +126,7 @@ class ResidentRows:
         self._states = np.zeros(pool.num_slots, dtype=np.uint8)
         self._unstored = False
         self._pending: _Pending | None = None
-        self._ran: _Pending | None = None
+        self._last: _Pending | None = None
         self._foreseen: tuple[bytes, bytes] | None = None
         """Slots and lengths of a call that finds every row in place."""
         self.tables = Tables(config, rows=0, columns=0)
@@ -161,11 +163,11 @@ class ResidentRows:
         self._stored[stale] = lengths[stale]
         return self.tables
 
-    def ran(self, slots: Integers, starts: Integers) -> tuple[NewColumns, NewColumns]:
-        """Note that a step has put a column behind the context of each row; what comes back stands for them."""
+    def begin(self, slots: Integers, starts: Integers) -> tuple[NewColumns, NewColumns]:
+        """Note that a step is about to put a column behind the context of each row, which the result stands for."""
         starts = starts.copy()
         new_k, new_v = (NewColumns(side, starts) for side in (self.tables.k, self.tables.v))
-        self._pending = self._ran = _Pending(starts, slots.tobytes(), new_k, new_v)
+        self._pending = self._last = _Pending(starts, slots.tobytes(), new_k, new_v)
         return new_k, new_v
 
     def keep(self, slot_ids: Integers, new_k: Any, new_v: Any, rows: Integers) -> bool:
@@ -213,8 +215,8 @@ class ResidentRows:
         """Copy into the pool whatever only the rows have."""
         if not self._unstored:
             return
-        behind = (self._places >= self._stored[:, None]) & (self._places < self._filled[:, None])
-        rows, columns = np.nonzero(behind)
+        unstored = (self._places >= self._stored[:, None]) & (self._places < self._filled[:, None])
+        rows, columns = np.nonzero(unstored)
         ids = self._slots[rows, columns]
         layers, _, heads, _, width = self.tables.k.shape
         for side, table in ((self.tables.k, self._pool.k), (self.tables.v, self._pool.v)):
@@ -238,10 +240,10 @@ class ResidentRows:
 
     def _abandon(self) -> None:
         """Clear the columns that the last step put and nobody kept: they may be no numbers."""
-        if self._ran is not None:
-            self._ran.new_k.end()
-            self._ran.new_v.end()
-            self._ran = None
+        if self._last is not None:
+            self._last.new_k.end()
+            self._last.new_v.end()
+            self._last = None
         if self._pending is None:
             return
         starts, self._pending = self._pending.starts, None

@@ -101,11 +101,11 @@ class ResidentRowsMachine(RuleBasedStateMachine):
             np.testing.assert_array_equal(found.k[:, row, :, :start], expected)
             np.testing.assert_array_equal(found.v[:, row, :, :start], -expected)
         assert np.isfinite(found.k).all() and np.isfinite(found.v).all()
+        new_k, new_v = self.pool.rows.begin(slots, starts)
         values = self.draw.standard_normal((CONFIG.num_layers, batch, 2, 2)).astype(np.float32)
         for row, start in enumerate(starts.tolist()):  # as the program does
             found.k[:, row, :, start] = np.nan if row in broken else values[:, row]
             found.v[:, row, :, start] = np.nan if row in broken else -values[:, row]
-        new_k, new_v = self.pool.rows.ran(slots, starts)
         kept = np.array([row for row in range(batch) if row not in lost | broken], dtype=np.int64)
         # Two rows may not write into one slot: the engine never shares a block that is still being filled.
         targets = np.array(
