@@ -26,7 +26,9 @@ CREATE TABLE blob (digest TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID;
 """
 GROUP_LIMIT = 4_096
 QUEUE_LIMIT = 65_536
-GROUP_WINDOW_US = 10_000
+GROUP_WINDOW_US = 50_000
+"""Longest that optional events wait for each other, if nothing mandatory comes: each group costs a busy engine the
+writer's wake-up, and what the writer reads is cold."""
 BUSY_SECONDS = 30.0
 
 
