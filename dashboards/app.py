@@ -19,7 +19,7 @@ def main() -> None:
     st.set_page_config(page_title="Replaylab", page_icon=MARK, layout="wide")
     st.logo(NAME, size="large", icon_image=MARK)
     pages = {
-        "runs": st.Page(runs.show, title="Runs", url_path="runs", icon=":material/list:", default=True),
+        "runs": st.Page(runs.show, title="Runs", icon=":material/list:", default=True),
         "request": st.Page(request.show, title="Request", url_path="request", icon=":material/timeline:"),
         "compare": st.Page(compare.show, title="Compare", url_path="compare", icon=":material/compare_arrows:"),
     }
@@ -42,11 +42,9 @@ def _sidebar() -> None:
         found = ledger.runs(path)
         requests = sum(row.requests for row in found)
         st.caption(f"{count(len(found), 'run')}, {count(requests, 'request')}")
-        waiting = ledger.pending(path)
-        if waiting:
-            st.caption(
-                f"{count(waiting, 'event')} wait for a drain: `{ledger.command(path, 'replaylab ledger drain')}`"
-            )
+    waiting = ledger.pending(path)
+    if waiting:
+        st.caption(f"{count(waiting, 'event')} wait for a drain: `{ledger.command(path, 'replaylab ledger drain')}`")
     if st.button("Read again", icon=":material/refresh:", help="Pages read the ledger anew after every write to it."):
         st.cache_resource.clear()
         st.rerun()

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from dashboards.rows import LatencyRow, SpanRow, StepRow, TokenRow
 from dashboards.theme import ACCENT, DIVERGED, GAP, INK, QUIET, STAGE_COLOURS, WAITING, stage_colour, tint
-from dashboards.words import duration, signed_duration, stage_label
+from dashboards.words import FAILED, duration, signed_duration, stage_label
 
 BAR_HEIGHT = 26
 """Pixels for one row of a waterfall."""
@@ -231,7 +231,7 @@ def token_margins(sides: Sequence[tuple[str, Sequence[TokenRow]]], *, diverged_a
         raise ValueError("no token has a margin")
     if diverged_at is not None:
         mark_divergence(figure, diverged_at)
-    ticks = [digit * 10.0**power for power in range(-8, 5) for digit in (1, 3)]
+    ticks = [digit * 10.0**power for power in range(-8, 5) for digit in (1, 2, 3, 5, 7)]
     figure.update_yaxes(title_text="margin", type="log", tickvals=ticks, ticktext=[f"{value:g}" for value in ticks])
     figure.update_xaxes(title_text="generated token")
     return _finish(figure, height=240, left=64, legend=len(sides) > 1)
@@ -275,7 +275,7 @@ def _add_span(figure: go.Figure, span: SpanRow, name: str, scale: float) -> None
             "color": tint(colour, 0.25),
             "line": {"color": DIVERGED if failed else colour, "width": 2 if failed else 0.6},
         },
-        text=[("\N{HEAVY BALLOT X} " if failed else "") + duration(span.duration_us)],
+        text=[(f"{FAILED} " if failed else "") + duration(span.duration_us)],
         textposition="outside",
         textfont={"size": 11, "color": DIVERGED if failed else QUIET},
         cliponaxis=False,
@@ -325,7 +325,7 @@ def _step_hover(step: StepRow) -> str:
 
 def _scale(longest_us: float) -> tuple[float, str]:
     """Choose the unit of an axis: microseconds in one unit, and its name."""
-    if longest_us >= 10_000_000:
+    if longest_us >= 2_000_000:
         return 1_000_000.0, "seconds"
     if longest_us >= 2_000:
         return 1_000.0, "milliseconds"

@@ -12,6 +12,7 @@ from typing import Any
 
 import streamlit as st
 
+from dashboards.one_shot import CALLED, ENDED, OneShot, read_one_shot, with_ends
 from dashboards.overview import latency_rows, request_rows, run_rows, verdict_rows
 from dashboards.rows import LatencyRow, RequestRow, RunRow, VerdictRow
 from dashboards.story import ENDS, RequestStory, StageRun, stage_runs, tell
@@ -20,6 +21,8 @@ from traces.ledger import queries
 from traces.ledger.layout import LedgerLayout, default_ledger
 from traces.ledger.ledger import Ledger
 
+ONE_SHOT_ENDS = (ENDED, "replay.verdict")
+"""What ends requests that pass no stages."""
 Freshness = tuple[int, ...]
 """Changes whenever something was written: part of every cache key."""
 
@@ -68,6 +71,16 @@ def steps(path: Path, run_id: str) -> list[TraceEvent]:
     return _steps(str(path), freshness(path), run_id)
 
 
+def one_shots(path: Path, run_id: str) -> list[OneShot]:
+    """Return the one-shot requests of a run; none where a language model answered."""
+    return _one_shots(str(path), freshness(path), run_id)
+
+
+def calls(path: Path, run_id: str) -> list[TraceEvent]:
+    """Return the calls in which a one-shot model answered a run's requests."""
+    return _calls(str(path), freshness(path), run_id)
+
+
 def stage_latency(path: Path, run_id: str) -> list[LatencyRow]:
     """Return how long each stage took over all requests of a run."""
     return _stage_latency(str(path), freshness(path), run_id)
@@ -104,13 +117,14 @@ def token_text(path: Path, pins: Mapping[str, Mapping[str, Any]] | None) -> Call
 def _runs(path: str, fresh: Freshness) -> list[RunRow]:
     ledger = Ledger(path)
     told = ledger.events(event_type=("run.started", "run.completed"))
-    return run_rows(ledger.runs(), told, ledger.requests())
+    return run_rows(ledger.runs(), told, with_ends(ledger.requests(), ledger.events(event_type=ONE_SHOT_ENDS)))
 
 
 @st.cache_resource(max_entries=64, show_spinner=False)
 def _requests(path: str, fresh: Freshness, run_id: str) -> list[RequestRow]:
     ledger = Ledger(path)
-    return request_rows(ledger.requests(run_id), ledger.events(run_id=run_id, event_type="stage.completed"))
+    rows = with_ends(ledger.requests(run_id), ledger.events(run_id=run_id, event_type=ONE_SHOT_ENDS))
+    return request_rows(rows, ledger.events(run_id=run_id, event_type="stage.completed"))
 
 
 @st.cache_resource(max_entries=64, show_spinner=False)
@@ -123,6 +137,16 @@ def _story(path: str, fresh: Freshness, run_id: str, request_ref: str) -> Reques
 @st.cache_resource(max_entries=32, show_spinner=False)
 def _steps(path: str, fresh: Freshness, run_id: str) -> list[TraceEvent]:
     return Ledger(path).events(run_id=run_id, event_type="engine.step")
+
+
+@st.cache_resource(max_entries=32, show_spinner=False)
+def _one_shots(path: str, fresh: Freshness, run_id: str) -> list[OneShot]:
+    return [read_one_shot(event) for event in Ledger(path).events(run_id=run_id, event_type=ENDED)]
+
+
+@st.cache_resource(max_entries=32, show_spinner=False)
+def _calls(path: str, fresh: Freshness, run_id: str) -> list[TraceEvent]:
+    return Ledger(path).events(run_id=run_id, event_type=CALLED)
 
 
 @st.cache_resource(max_entries=32, show_spinner=False)

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from dashboards.rows import LatencyRow, RequestRow, RunRow, VerdictRow
-from dashboards.words import short_digest
+from dashboards.words import FAILED, short_digest
 from traces.envelope import TraceEvent
 from traces.stages import Stage
 
-GOOD_ENDS = ("ok", "review")
-"""Terminal statuses that are no failure: an answer, or a human who was asked."""
+NAMING = ("model", "backend", "precision")
+"""What a preparation is called by."""
+GOOD_ENDS = ("ok", "review", "replayed")
+"""Ends that are no failure: an answer, a human who was asked, a replay that left a verdict and nothing else."""
 
 
 def run_rows(
@@ -27,6 +29,7 @@ def run_rows(
     told: dict[str, dict[str, Any]] = {}
     for event in starts:
         told.setdefault(event.run_id, {}).update(event.payload)
+    models = {one["package"]: one["model"] for one in told.values() if one.get("package") and one.get("model")}
     times: dict[str, list[int]] = {}
     failed: dict[str, int] = {}
     for request in requests:
@@ -35,7 +38,13 @@ def run_rows(
         if request["duration_us"] is not None:
             times.setdefault(request["run_id"], []).append(request["duration_us"])
     found = [
-        _run_row(row, told.get(row["run_id"], {}), times.get(row["run_id"], []), failed=failed.get(row["run_id"], 0))
+        _run_row(
+            row,
+            told.get(row["run_id"], {}),
+            times.get(row["run_id"], []),
+            failed=failed.get(row["run_id"], 0),
+            models=models,
+        )
         for row in rows
     ]
     return sorted((row for row in found if row is not None), key=lambda row: row.started_us, reverse=True)
@@ -92,9 +101,9 @@ def verdict_rows(events: Iterable[TraceEvent], starts: Iterable[TraceEvent]) -> 
             token_index=event.payload.get("token_index"),
             detail=str(event.payload.get("detail") or ""),
             at_us=event.ts_us,
+            kept=told.get(event.run_id, {}).get("of") != "inference",
         )
         for event in events
-        if event.request_ref is not None
     ]
     return sorted(rows, key=lambda row: row.at_us, reverse=True)
 
@@ -125,16 +134,23 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def _run_row(row: Mapping[str, Any], payload: Mapping[str, Any], times: Sequence[int], *, failed: int) -> RunRow | None:
-    """Return the row of one run; None for the ledger's own housekeeping."""
+def _run_row(
+    row: Mapping[str, Any],
+    payload: Mapping[str, Any],
+    times: Sequence[int],
+    *,
+    failed: int,
+    models: Mapping[str, str],
+) -> RunRow | None:
+    """Return the row of one run; None for the ledger's own housekeeping.  `models`: package digest to model."""
     if not payload and not row["requests"]:
         return None
     told = str(payload.get("kind") or row["kind"])
-    kind = told if told in ("replay", "preparation") else "live"
+    kind = told if told in ("replay", "preparation", "inference") else "live"
     return RunRow(
         run_id=row["run_id"],
         kind=kind,
-        name=_name(kind, payload),
+        name=_name(kind, payload, models),
         started_us=row["started_us"],
         duration_us=row["duration_us"],
         requests=row["requests"],
@@ -143,17 +159,33 @@ def _run_row(row: Mapping[str, Any], payload: Mapping[str, Any], times: Sequence
         p95_us=percentile(times, 0.95) if times else None,
         parent_run=_text(payload.get("parent_run") or row["parent"]),
         mode=_text(payload.get("mode")),
+        outcome=_outcome(row["status"], payload),
+        package=_text(payload.get("package")),
+        message="; fix: ".join(filter(None, (_text(payload.get("message")), _text(payload.get("fix"))))) or None,
     )
 
 
-def _name(kind: str, payload: Mapping[str, Any]) -> str:
+def _outcome(status: str | None, payload: Mapping[str, Any]) -> str:
+    """Count the verdicts of a replay; say how another run ended, an error by its sign and its name."""
+    verdicts = cast("Mapping[str, int]", payload.get("verdicts") or {})
+    if verdicts:
+        return ", ".join(f"{number} {word.replace('_', ' ')}" for word, number in sorted(verdicts.items()))
+    if status is None:
+        return "running"
+    if status != "error":
+        return status
+    return f"{FAILED} {str(payload.get('error_type') or payload.get('error') or status).replace('_', ' ')}"
+
+
+def _name(kind: str, payload: Mapping[str, Any], models: Mapping[str, str]) -> str:
     """Say in a few words what was run."""
     if kind == "replay":
         return ", ".join(["replay", str(payload.get("mode", "faithful")), *_settings(payload)])
     if kind == "preparation":
-        words = [str(payload[name]) for name in ("model", "backend", "precision") if payload.get(name)]
-        package = payload.get("package")
-        return " ".join(["prepare", *words]) + (f", package {short_digest(str(package))}" if package else "")
+        return " ".join(["prepare", *(str(payload[name]) for name in NAMING if payload.get(name))])
+    if kind == "inference":
+        package = str(payload.get("package"))
+        return f"infer {models.get(package) or short_digest(package)}"
     label = payload.get("label") or payload.get("workload")
     return label if isinstance(label, str) else kind
 

@@ -11,8 +11,10 @@ import streamlit as st
 
 from dashboards.rows import TokenRow
 from dashboards.theme import ACCENT, DIVERGED, GAP, QUIET, WAITING, stage_colour, status_colour, tint
-from dashboards.words import GLOSSARY, UNKNOWN, field_label
+from dashboards.words import GLOSSARY, UNKNOWN, duration, field_label, moment
 
+EARLIEST_MOMENT_US = 1_000_000_000_000_000
+"""A time in microseconds from here on is a moment of this century; one below lasted."""
 HEX_DIGITS = frozenset("0123456789abcdef")
 
 STYLE = f"""
@@ -33,6 +35,8 @@ STYLE = f"""
   border-bottom: 1px solid {tint(GAP, 0.8)}; }}
 .rl-table td {{ padding: 0.32rem 0.9rem 0.32rem 0; border-bottom: 1px solid {tint(GAP, 0.4)}; vertical-align: top;
   overflow-wrap: anywhere; }}
+.rl-scroll {{ overflow-x: auto; }}
+@media (max-width: 640px) {{ .rl-table td {{ overflow-wrap: break-word; }} }}
 .rl-table td.rl-key {{ color: {QUIET}; width: 12rem; overflow-wrap: normal; }}
 .rl-table td.rl-num {{ text-align: right; white-space: nowrap; }}
 .rl-mono {{ font-family: "Source Code Pro", monospace; font-size: 0.84em; }}
@@ -105,16 +109,23 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numeric: Seq
         + "</tr>"
         for cells in rows
     )
-    st.html(f'<table class="rl-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>')
+    _scrolling(f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>")
 
 
 def key_values(document: Mapping[str, Any], *, labels: Callable[[str], str] = field_label) -> None:
     """Write a document as a table of its fields; what is deeper than two levels is shortened to its size."""
     rows = "".join(
-        f'<tr><td class="rl-key">{escape(labels(name))}</td><td>{value_html(value)}</td></tr>'
+        f'<tr><td class="rl-key">{escape(labels(name))}</td><td>{field_html(name, value)}</td></tr>'
         for name, value in document.items()
     )
-    st.html(f'<table class="rl-table"><tbody>{rows}</tbody></table>')
+    _scrolling(f"<tbody>{rows}</tbody>")
+
+
+def field_html(name: str, value: Any) -> str:
+    """Say one field of a document; a time, whose label loses its unit, with a unit of its own."""
+    if not name.endswith("_us") or not isinstance(value, int) or isinstance(value, bool):
+        return value_html(value)
+    return duration(value) if value < EARLIEST_MOMENT_US else f"{moment(value)} UTC"
 
 
 def value_html(value: Any, *, depth: int = 0) -> str:
@@ -182,6 +193,11 @@ def token_legend(*, compared: bool) -> None:
         parts.append(f'<span style="border-bottom:2px dotted {DIVERGED}">underlined</span> the bits differ, same token')
         parts.append(f"{badge('red', DIVERGED)} another token")
     st.html(f'<div class="rl-legend">{" &nbsp; ".join(parts)} &nbsp; point at a token for its numbers</div>')
+
+
+def _scrolling(rows: str) -> None:
+    """Write a table that scrolls by itself where the window is too narrow for it."""
+    st.html(f'<div class="rl-scroll"><table class="rl-table">{rows}</table></div>')
 
 
 def _token_style(token: TokenRow, bits_differ_at: int | None, tokens_differ_at: int | None) -> str:

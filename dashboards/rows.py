@@ -91,7 +91,7 @@ class RunRow:
 
     run_id: str
     kind: str
-    """``live``, ``replay`` or ``preparation``."""
+    """``live``, ``inference``, ``replay`` or ``preparation``."""
     name: str
     """What was run, in words."""
     started_us: int
@@ -105,6 +105,12 @@ class RunRow:
     p95_us: float | None = None
     parent_run: str | None = None
     mode: str | None = None
+    outcome: str = "ok"
+    """Verdicts counted for a replay; otherwise how the run itself ended, whatever became of single requests."""
+    package: str | None = None
+    """What a preparation made, or what answered an inference."""
+    message: str | None = None
+    """What a run that ended in an error said, and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +138,8 @@ class VerdictRow:
 
     run_id: str
     """The replay's own run."""
-    request_ref: str
+    request_ref: str | None
+    """None for a verdict on a whole run: a preparation that was rebuilt."""
     verdict: str
     mode: str | None = None
     changed: tuple[str, ...] = ()
@@ -142,3 +149,5 @@ class VerdictRow:
     token_index: int | None = None
     detail: str = ""
     at_us: int = 0
+    kept: bool = True
+    """Whether the replay kept what it computed, so that it can be compared; that of a one-shot request does not."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from dashboards.one_shot import ENDED, OneShot, read_one_shot
 from dashboards.rows import SpanRow
 from dashboards.words import stage_label
 from eval.latency import decompose
@@ -109,6 +110,8 @@ class RequestStory:
     failed_stage: str | None = None
     message: str | None = None
     """What the failure said."""
+    one_shot: OneShot | None = None
+    """What a request of a one-shot model recorded instead of stages."""
     notes: tuple[str, ...] = ()
     """What could not be read, one sentence each."""
 
@@ -126,6 +129,9 @@ def tell(events: Sequence[TraceEvent], read_blob: ReadBlob) -> RequestStory:
     if not events:
         raise ValueError("a story needs at least one event")
     ordered = sorted(events, key=lambda event: (event.ts_us, event.outbox, event.outbox_seq))
+    ended = _first(ordered, ENDED)
+    if ended is not None:
+        return _tell_one_shot(ended)
     first, accepted = ordered[0], _first(ordered, "request.accepted")
     terminal = _last(ordered, "request.terminal")
     manifest = _last(ordered, "request.manifest")
@@ -137,7 +143,7 @@ def tell(events: Sequence[TraceEvent], read_blob: ReadBlob) -> RequestStory:
         request_ref=first.request_ref or "",
         accepted_us=first.ts_us,
         total_us=_total(terminal, first),
-        status=_status(terminal),
+        status="replayed" if all(event.event_type == "replay.verdict" for event in ordered) else _status(terminal),
         tenant_ref=_known(ordered, "tenant_ref"),
         trace_id=_known(ordered, "trace_id"),
         route=_known(ordered, "model_route"),
@@ -162,6 +168,25 @@ def tell(events: Sequence[TraceEvent], read_blob: ReadBlob) -> RequestStory:
         failed_stage=None if terminal is None else _text(terminal.payload.get("stage")),
         message=None if terminal is None else _text(terminal.payload.get("message")),
         notes=tuple(notes),
+    )
+
+
+def _tell_one_shot(event: TraceEvent) -> RequestStory:
+    """Tell a one-shot request, whose only event says all of it."""
+    one = read_one_shot(event)
+    return RequestStory(
+        run_id=event.run_id,
+        request_ref=one.request_ref,
+        accepted_us=one.arrived_us,
+        total_us=one.total_us,
+        status=one.status,
+        trace_id=event.trace_id,
+        failure_class=one.failure_class,
+        error_type=one.error_type,
+        message=one.message,
+        accepted_ref=event.input_ref,
+        response_ref=event.result_ref,
+        one_shot=one,
     )
 
 

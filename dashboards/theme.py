@@ -30,9 +30,16 @@ STAGE_COLOURS: Mapping[str, str] = MappingProxyType(
         "b08": "#A3A30B",
         "b09": "#92705A",
         "b10": "#1E293B",
+        "queue": "#F59E0B",
+        "batch": "#0D9488",
+        "compute": "#4F46E5",
+        "delivery": "#1E293B",
     }
 )
-"""Stage code to colour: control in slate and blue, waiting in amber, the model in indigo and violet, tools in green."""
+"""Stage code, or part of a one-shot request, to colour.
+
+Control in slate and blue, waiting in amber, the model in indigo and violet, tools in green.
+"""
 
 GAP = "#CBD5E1"
 """Time that no stage claims."""

@@ -11,6 +11,9 @@ from traces.stages import Stage, describe
 UNKNOWN = "\N{EN DASH}"
 """What stands where nothing was recorded: never a zero."""
 
+FAILED = "\N{HEAVY BALLOT X}"
+"""Stands before what failed, so that it is seen without its colour."""
+
 GLOSSARY: Mapping[str, str] = MappingProxyType(
     {
         "critical path": "At each moment the stage that started last owns the time. The owned parts add up to the "

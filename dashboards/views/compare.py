@@ -12,10 +12,11 @@ import streamlit as st
 
 from dashboards import ledger
 from dashboards.charts import stage_deltas, token_margins, waterfall
-from dashboards.chooser import choose_request
+from dashboards.chooser import choose_request, has_requests, nothing_yet
 from dashboards.conversation import conversation, show_conversation
 from dashboards.engine_view import first_difference, generations, token_rows
 from dashboards.judged import first_divergence
+from dashboards.one_shot_view import compare_one_shot
 from dashboards.parts import (
     badge,
     callout,
@@ -57,6 +58,9 @@ def show() -> None:
     """Draw the page."""
     heading("Compare", "Two requests side by side: the pins that differ, where they first part, and what it cost.")
     path = ledger.ledger_path()
+    if not has_requests(path):
+        nothing_yet(path, "No request is recorded here yet")
+        return
     columns = st.columns(2, gap="large")
     with columns[0]:
         left_place = choose_request(path, run_parameter="left_run", request_parameter="left", side="Left")
@@ -72,6 +76,12 @@ def show() -> None:
         return
     if left_place == right_place:
         st.caption("Both sides are the same request of the same run: choose another one on either side.")
+    if "replayed" in (left.status, right.status):
+        callout("A replay of one-shot requests keeps a verdict on each, and no outputs of its own.", WAITING)
+        return
+    if left.one_shot is not None or right.one_shot is not None:
+        compare_one_shot(left, right)
+        return
     read = ledger.reader(path)
     results = (generations(left.sequences, read), generations(right.sequences, read))
     found = first_divergence(left, right, *results)

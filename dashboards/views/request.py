@@ -14,6 +14,7 @@ from dashboards.chooser import choose_request
 from dashboards.conversation import conversation, show_conversation
 from dashboards.engine_view import engine_time, generations, own_steps, step_rows, token_rows
 from dashboards.evidence_view import decisions_table, effects_table, evidence_list, tools_table
+from dashboards.one_shot_view import one_shot_request
 from dashboards.parts import (
     badge,
     callout,
@@ -57,6 +58,13 @@ def show() -> None:
     _headline(story)
     show_conversation(conversation(story, read))
     _replays(path, story)
+    if story.one_shot is not None:
+        one_shot_request(story.one_shot)
+        evidence_list(story, read)
+        return
+    if story.status == "replayed":
+        empty("This replay keeps a verdict", "What the request computed is with the run that was replayed.")
+        return
     _waterfall(story)
     shown = st.tabs(["Answer and tokens", "Stages", "Pins", "Tools, policy, effects", "Engine", "Evidence"])
     with shown[0]:
@@ -77,18 +85,15 @@ def show() -> None:
 
 def _headline(story: RequestStory) -> None:
     """Say how the request ended and what it took."""
-    said = badge(story.status)
-    facts(
-        [
-            ("status", said, None),
-            ("end to end", duration(story.total_us), None),
-            ("to first token", duration(story.first_token_us), "TTFT"),
-            ("tokens in", _number(story.input_tokens), None),
-            ("tokens out", _number(story.output_tokens), None),
-            ("ended by", story.finish_reason or UNKNOWN, None),
-            ("route", story.route or UNKNOWN, None),
-        ]
-    )
+    ended = [("status", badge(story.status), None), ("end to end", duration(story.total_us), None)]
+    generated = [
+        ("to first token", duration(story.first_token_us), "TTFT"),
+        ("tokens in", _number(story.input_tokens), None),
+        ("tokens out", _number(story.output_tokens), None),
+        ("ended by", story.finish_reason or UNKNOWN, None),
+        ("route", story.route or UNKNOWN, None),
+    ]
+    facts(ended if story.one_shot is not None else [*ended, *generated])
     st.html(
         f'<div class="rl-quiet" style="margin-top:-0.8rem">{mono(story.request_ref)}, accepted '
         f"{moment(story.accepted_us)} UTC, tenant {mono(short_id(story.tenant_ref), title=story.tenant_ref)}, trace "
@@ -134,7 +139,7 @@ def _verdicts(story: RequestStory, said: Sequence[VerdictRow]) -> None:
                 f"<b>{how}</b>",
                 f'<span title="{escape(one.detail, quote=True)}">{_where(one)}</span>',
                 f'<span style="white-space:nowrap">{moment(one.at_us)}</span>',
-                "this run" if one.run_id == story.run_id else link,
+                "this run" if one.run_id == story.run_id else link if one.kept else "",
             ]
         )
     table(["Verdict", "How it was run", "First difference", "When (UTC)", ""], rows)

@@ -10,13 +10,17 @@ import streamlit as st
 
 from dashboards import ledger, places
 from dashboards.charts import batch_occupancy, stage_latency, waterfall
+from dashboards.chooser import nothing_yet, say_missing
 from dashboards.engine_view import engines, step_rows
+from dashboards.one_shot import call_rows
+from dashboards.one_shot_view import one_shot_calls, one_shot_times
 from dashboards.overview import percentile
-from dashboards.parts import empty, facts, figure, heading, section, table
+from dashboards.parts import callout, empty, facts, figure, heading, mono, section, table
 from dashboards.rows import RequestRow, RunRow, VerdictRow
 from dashboards.stage_details import stage_details
 from dashboards.story import span_rows
-from dashboards.words import UNKNOWN, duration, moment, short_digest, short_id, stage_title
+from dashboards.theme import DIVERGED
+from dashboards.words import FAILED, UNKNOWN, duration, moment, short_digest, short_id, stage_title
 
 ROW_HEIGHT = 35
 """Pixels of one row in Streamlit's tables."""
@@ -32,11 +36,7 @@ def show() -> None:
     path = ledger.ledger_path()
     found = ledger.runs(path) if ledger.exists(path) else []
     if not found:
-        empty(
-            "Nothing is recorded here yet",
-            "Record a workload, or run the whole tour once; then read again.",
-            ledger.command(path, "replaylab record support-desk"),
-        )
+        nothing_yet(path, "Nothing is recorded here yet")
         return
     chosen = _choose(found, ledger.verdicts(path))
     st.divider()
@@ -53,7 +53,7 @@ def _choose(found: list[RunRow], verdicts: list[VerdictRow]) -> RunRow:
             "Requests": row.requests or None,
             "Failed": row.failed if row.requests else None,
             "Median": duration(row.p50_us),
-            "Replay says": _verdict_words([one for one in verdicts if one.run_id == row.run_id]),
+            "Outcome": _verdict_words([one for one in verdicts if one.run_id == row.run_id]) or row.outcome,
             "Run": short_id(row.run_id),
         }
         for row in found
@@ -68,7 +68,9 @@ def _choose(found: list[RunRow], verdicts: list[VerdictRow]) -> RunRow:
         placeholder=UNKNOWN,
         column_config={
             "Median": st.column_config.TextColumn(help="Median end-to-end time of the run's requests."),
-            "Replay says": st.column_config.TextColumn(help="Verdicts of a replay run, counted."),
+            "Outcome": st.column_config.TextColumn(
+                help="Verdicts of a replay, counted; of another run, how it ended itself, whatever became of requests."
+            ),
         },
     )
     picked = _selected(state)
@@ -77,12 +79,18 @@ def _choose(found: list[RunRow], verdicts: list[VerdictRow]) -> RunRow:
         return found[picked[0]]
     asked = places.chosen("run")
     by_address = next((row for row in found if row.run_id == asked), None)
-    return by_address or next((row for row in found if row.requests and row.kind == "live"), found[0])
+    if by_address is None:
+        say_missing(asked, "this ledger")
+    return by_address or next((row for row in found if row.requests and row.kind != "replay"), found[0])
 
 
 def _run(path: Path, row: RunRow) -> None:
     """Show one run."""
     st.html(f'<h2 style="margin:0">{_title(row)}</h2><div class="rl-quiet rl-mono">{row.run_id}</div>')
+    if row.package is not None:
+        st.html(f'<span class="rl-quiet">package</span> {mono(short_digest(row.package, 12), title=row.package)}')
+    if row.message is not None:
+        callout(f"<b>{escape(row.outcome)}.</b> {escape(row.message)}", DIVERGED)
     stages = ledger.preparation(path, row.run_id)
     requests = ledger.requests(path, row.run_id)
     if requests:
@@ -115,7 +123,7 @@ def _headline(row: RunRow, requests: list[RequestRow]) -> None:
     tokens = sum(one.output_tokens or 0 for one in requests)
     ends = [one.accepted_us + one.total_us for one in requests if one.total_us is not None]
     busy = max(ends) - requests[0].accepted_us if ends else 0
-    rate = f"{tokens / busy * 1_000_000:,.0f}" if busy > 0 else UNKNOWN
+    rate = f"{tokens / busy * 1_000_000:,.0f}" if busy > 0 and tokens else UNKNOWN
     facts(
         [
             ("requests", f"{row.requests:,}", None),
@@ -181,11 +189,15 @@ def _status(one: RequestRow) -> str:
     """Say how a request ended; a failure stands out by its sign and names its class."""
     if one.failure_class is None:
         return one.status
-    return f"\N{HEAVY BALLOT X} {one.failure_class.replace('_', ' ')}"
+    return f"{FAILED} {one.failure_class.replace('_', ' ')}"
 
 
 def _latency(path: Path, row: RunRow) -> None:
     """Show where the time goes over all requests."""
+    one_shots = ledger.one_shots(path, row.run_id)
+    if one_shots:
+        one_shot_times(one_shots)
+        return
     rows = ledger.stage_latency(path, row.run_id)
     if not rows:
         empty("No stage was timed", "The run recorded no finished stage.")
@@ -210,6 +222,10 @@ def _latency(path: Path, row: RunRow) -> None:
 
 def _engine(path: Path, row: RunRow) -> None:
     """Show how full the batches were."""
+    calls = call_rows(ledger.calls(path, row.run_id))
+    if calls:
+        one_shot_calls(calls)
+        return
     events = ledger.steps(path, row.run_id)
     if not events:
         empty("No engine steps", "A run records its schedule step by step when a language model generated in it.")
@@ -245,11 +261,11 @@ def _preparation(stages: Any) -> None:
 
 
 def _verdict_words(verdicts: list[VerdictRow]) -> str:
-    """Count verdicts: ``47 exact, 1 diverged``."""
+    """Count verdicts: ``47 exact, 1 diverged``; nothing for none."""
     counted: dict[str, int] = {}
     for one in verdicts:
         counted[one.verdict] = counted.get(one.verdict, 0) + 1
-    return ", ".join(f"{number} {word.replace('_', ' ')}" for word, number in counted.items()) or UNKNOWN
+    return ", ".join(f"{number} {word.replace('_', ' ')}" for word, number in counted.items())
 
 
 def _selected(state: Any) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dashboards.charts import batch_occupancy, owned_by_stage, stage_deltas, stage_latency, token_margins, waterfall
+from dashboards.parts import field_html, value_html
 from dashboards.rows import LatencyRow, SpanRow, StepRow, TokenRow
 from dashboards.theme import DIVERGED, GAP, STAGE_COLOURS, stage_colour, tint
 from dashboards.words import UNKNOWN, count, duration, short_digest, short_id, signed_duration, stage_label
@@ -97,3 +98,26 @@ def test_names_are_short_and_whole_words() -> None:
     assert short_id("req_0192f0c1a2b37000a1b2c3d4e5f60718") == "req_\N{HORIZONTAL ELLIPSIS}e5f60718"
     assert short_digest("evidence://sha256/abcdef0123456789") == "abcdef01"
     assert stage_label("b05") == "5 Prefill"
+
+
+def test_axis_of_some_seconds_counts_in_seconds() -> None:
+    span = SpanRow(stage="a01", label="1 Capture", start_us=0, end_us=8_150_000)
+    assert waterfall([span]).layout.xaxis.title.text.endswith("seconds")
+    assert not waterfall([span]).layout.xaxis.title.text.endswith("milliseconds")
+
+
+@pytest.mark.parametrize("low", [0.02, 0.4, 2.1, 6.5])
+def test_margins_within_a_factor_of_three_have_two_ticks_or_more(low: float) -> None:
+    tokens = [
+        TokenRow(index=index, token=1, text=None, logprob=None, margin=margin, logits_digest=None, step=None)
+        for index, margin in enumerate((low, low * 3))
+    ]
+    ticks = token_margins([("margin", tokens)]).layout.yaxis.tickvals
+    assert sum(low <= tick <= low * 3 for tick in ticks) >= 2
+
+
+def test_recorded_times_keep_their_unit() -> None:
+    assert field_html("prefill_us", 27_443) == duration(27_443) == "27.4 ms"
+    assert field_html("deadline_us", 1_795_540_625_000_000) == "2026-11-24 17:17:05 UTC"
+    assert field_html("prefill_us", None) == value_html(None)
+    assert field_html("prompt_tokens", 27_443) == "27,443"

@@ -11,6 +11,7 @@ from streamlit.testing.v1 import AppTest
 
 from dashboards import app
 from tests.dashboards.made_up import CANARY, REPLAY, RUN, request_ref, write_ledger
+from traces.recorder import Recorder
 
 APP = str(Path(app.__file__))
 ESCAPED = CANARY.replace("<", "&lt;").replace(">", "&gt;")
@@ -73,7 +74,7 @@ def test_runs_lists_both_runs_and_opens_the_live_one(ledger: Path, monkeypatch: 
     test = draw("runs", ledger, monkeypatch)
     listed = test.dataframe[0].value
     assert list(listed["Kind"]) == ["replay", "live"]
-    assert list(listed["Replay says"]) == ["1 diverged, 3 exact", "\N{EN DASH}"]
+    assert list(listed["Outcome"]) == ["1 diverged, 3 exact", "ok"]
     requests = test.dataframe[1].value
     assert list(requests["Replays"])[-1] == "faithful: diverged"
     assert requests["Status"][1] == "\N{HEAVY BALLOT X} tool side effect"
@@ -124,5 +125,20 @@ def test_empty_ledger_names_the_command_to_run(page: str, tmp_path: Path, monkey
     assert not (tmp_path / "nothing").exists()
 
 
+@pytest.mark.parametrize("page", ["runs", "request", "compare"])
+def test_events_that_wait_are_no_empty_ledger(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Recorder(tmp_path / "ledger", run_id=RUN, component="runtime") as recorder:
+        recorder.commit("run.started", payload={"kind": "serve", "label": "support-desk"})
+    test = draw(page, tmp_path / "ledger", monkeypatch)
+    assert "replaylab ledger drain" in test.code[0].value
+    assert "here yet" not in said(test)
+
+
 def test_unknown_request_is_said_and_no_error(ledger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw("request", ledger, monkeypatch, run="run_unknown", request="req_unknown")
+    page = said(draw("request", ledger, monkeypatch, run="run_unknown", request="req_unknown"))
+    assert "run_unknown</span> is not in this ledger" in page
+    assert "req_unknown</span> is not in this run" in said(
+        draw("request", ledger, monkeypatch, run=RUN, request="req_unknown")
+    )
+    assert "run_unknown</span> is not in this ledger" in said(draw("runs", ledger, monkeypatch, run="run_unknown"))
+    assert "is not in this" not in said(draw("request", ledger, monkeypatch, run=RUN, request=LAST))
