@@ -127,9 +127,8 @@ class ResidentOrtExecutor(OrtExecutor):
         tokens, positions, slots, lengths = inputs
         batch, count = tokens.shape
         tables = Tables(self.config, rows=batch, columns=columns)
-        for row, length in enumerate(lengths.tolist()):
-            if length:
-                pool.rows.settle(slots[row, :length])
-                tables.fill(row, pool, slots[row, :length])
+        if lengths.any():
+            pool.rows.settle(slots.reshape(-1))
+            tables.fill(np.arange(batch), pool, slots, lengths=lengths)
         step = BoundStep(loaded, tables, batch=batch, count=count, vocab_size=self.config.vocab_size)
         return StepOutput(step.run(tokens, positions, lengths), *tables.new_columns(lengths, count))

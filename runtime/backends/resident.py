@@ -40,13 +40,18 @@ class Tables:
         """View the leading rows as the step takes them: keys, then values of layer 0, of layer 1, ..."""
         return [side[layer, :rows] for layer in range(len(self.k)) for side in (self.k, self.v)]
 
-    def fill(self, row: int, pool: ArrayPool, slots: Integers) -> None:
-        """Read a row's first columns from the slots [n] of the pool."""
+    def fill(self, rows: Integers, pool: ArrayPool, slots: Integers, *, lengths: Integers) -> None:
+        """Read the first lengths[n] columns of some rows from their slots [n,S] of the pool.
+
+        Columns behind a shorter row's get what its other slots hold: numbers, which nobody reads.
+        """
         layers, _, heads, _, width = self.k.shape
-        count = len(slots)
+        count = int(lengths.max(initial=0))
+        places = slots[:, None, :count] * heads + np.arange(heads)[:, None]
         for side, table in ((self.k, pool.k), (self.v, pool.v)):
-            found = table.reshape(layers, -1, heads, width)[:, slots]
-            side[:, row, :, :count] = found.transpose(0, 2, 1, 3)
+            # A layer at a time, by head: twice as fast as one index over all layers.
+            for filled, layer in zip(side, table.reshape(layers, -1, width), strict=True):
+                filled[rows, :, :count] = layer.take(places, axis=0)
 
     def clear(self, rows: Integers, columns: Integers) -> None:
         """Put zeros into one column of each of some rows: even what is masked must be numbers."""
@@ -153,9 +158,10 @@ class ResidentRows:
             stale = np.flatnonzero((self._filled[:batch] < lengths) | ~alike.all(axis=1))
         if len(stale) or (self._filled[:batch] > lengths).any():
             self.store()
+        if len(stale):
+            self.tables.fill(stale, self._pool, slots[stale], lengths=lengths[stale])
         for row in stale.tolist():
             own = slots[row, : lengths[row]]
-            self.tables.fill(row, self._pool, own)
             self._slots[row, : len(own)] = own
             self._states[own] = HELD
         self._filled[:batch] = lengths

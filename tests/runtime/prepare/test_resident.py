@@ -94,7 +94,7 @@ def test_rows_stay_in_place_while_their_sequences_go_on(
     session.keep([0, 1, 2], 4, session.call([0, 1, 2], 4))
     session.keep([0, 1, 2], 1, session.call([0, 1, 2], 1))
     filled: list[int] = []
-    monkeypatch.setattr(Tables, "fill", lambda self, row, pool, slots: filled.append(row))
+    monkeypatch.setattr(Tables, "fill", lambda self, rows, pool, slots, *, lengths: filled.extend(rows.tolist()))
     for _ in range(3):
         session.keep([0, 1, 2], 1, session.call([0, 1, 2], 1))
     assert filled == []
