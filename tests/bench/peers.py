@@ -1,6 +1,6 @@
 """How fast is this engine beside others, on one checkpoint, in one run?  `make bench`, or:
 
-    python -m tests.bench.peers [--json FILE] [--only TEXT] [--repetitions N]
+    python -m tests.bench.peers [--json FILE] [--only TEXT] [--size medium] [--repetitions N]
 
 Every engine is a process of its own with one compute thread.  They take turns, case by case, so that a busy machine
 weighs on all alike; figures are tokens per CPU-second, and ratios are medians over the turns: to transformers, of which
@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.bench.comparison import quiet_checkpoint
+from tests.bench.comparison import SIZES, quiet_checkpoint
 from tests.bench.installs import Absent, install
 from tests.bench.peer import KINDS
 
@@ -129,12 +129,12 @@ def start(kind: str, checkpoint: Path, work: Path, cache: Path) -> Peer:
     return Peer(kind, checkpoint, folder, paths=install(kind, cache))
 
 
-def compare(kinds: list[str], *, cache: Path, repetitions: int) -> dict[str, Any]:
+def compare(kinds: list[str], *, cache: Path, repetitions: int, size: str = "small") -> dict[str, Any]:
     """Measure all engines in turns and return figures, ratios to the references, answers, and who is absent."""
     absent: dict[str, str] = {}
     peers: dict[str, Peer] = {}
     with tempfile.TemporaryDirectory(prefix="replaylab-peers-") as folder:
-        checkpoint = quiet_checkpoint(Path(folder) / "checkpoint")
+        checkpoint = quiet_checkpoint(Path(folder) / "checkpoint", size)
         try:
             for kind in kinds:
                 try:
@@ -227,13 +227,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.peers", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures into this file")
     parser.add_argument("--only", action="append", metavar="TEXT", help="engines whose name contains this; repeatable")
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the checkpoint (default: %(default)s)")
     parser.add_argument("--repetitions", type=int, default=5, help="turns a case (default: %(default)s)")
     parser.add_argument(
         "--cache", type=Path, default=Path(".cache/bench"), help="where peers are installed (%(default)s)"
     )
     options = parser.parse_args(arguments)
     kinds = [kind for kind in KINDS if not options.only or any(text in kind for text in options.only)]
-    found = compare(kinds, cache=options.cache.resolve(), repetitions=options.repetitions)
+    found = compare(kinds, cache=options.cache.resolve(), repetitions=options.repetitions, size=options.size)
     print(table(found))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
