@@ -47,7 +47,12 @@ def replaylab(checkpoint: Path, work: Path, *, backend: str, batch_invariant: bo
     options = BuildOptions(bounds=bounds, batch_invariant=batch_invariant)
     model = load_package(store, prepare(checkpoint, backend=backend, store=store, options=options).digest)
     scheduling = SchedulingManifest(
-        max_num_seqs=32, max_num_batched_tokens=2048, num_blocks=512, batch_sizes=(1, 8, 32), block_size=16
+        max_num_seqs=32,
+        max_num_batched_tokens=2048,
+        num_blocks=512,
+        batch_sizes=(1, 8, 32),
+        block_size=16,
+        context_multiple=16,  # peers attend to what there is; every padded column costs time
     )
     recorder = Recorder(work, run_id="run_bench", component="engine")
     engine = Engine(model, scheduling, recorder)
