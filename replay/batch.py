@@ -73,13 +73,8 @@ def replay_requests(
             repeat=repeat,
             together=together,
         )
-        running = run_job(
-            job,
-            environment=place.variables(group.environment),
-            on_report=on_report,
-            command=(place.interpreter, *WORKER[1:]),
-        )
-        for request, turn, verdict in running:
+        environment, command = place.variables(group.environment), (place.interpreter, *WORKER[1:])
+        for request, turn, verdict in run_job(job, environment=environment, on_report=on_report, command=command):
             done.append(Done(request=request, turn=turn, verdict=verdict))
             on_verdict(done[-1])
     places = {reference: place for place, reference in enumerate(wanted)}

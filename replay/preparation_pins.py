@@ -11,10 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from manifests.errors import ManifestError
-from manifests.run import parse_setting
 from replay.errors import PinRefused
-from replay.substitutes import VERSIONED, Substitution, Way, way_of
+from replay.substitutes import VERSIONED, Substitution, Way, parse_settings, way_of
 from traces.failures import ClassifiedError
 
 if TYPE_CHECKING:
@@ -41,16 +39,7 @@ SETTABLE = (
 
 def parse_choices(settings: Sequence[str]) -> tuple[Substitution, ...]:
     """Read the `--set` options for a preparation; PinRefused names the first that is none of its choices."""
-    chosen: list[Substitution] = []
-    for setting in settings:
-        try:
-            pin, value = parse_setting(setting)
-        except ManifestError as error:
-            raise PinRefused("this is not a setting", pin=setting, fix=error.fix) from None
-        if any(earlier.pin == pin for earlier in chosen):
-            raise PinRefused("is set twice", pin=pin, fix="Give each pin one value.")
-        chosen.append(Substitution(pin=pin, value=value, way=_way(pin)))
-    return tuple(chosen)
+    return parse_settings(settings, _way)
 
 
 def change_options(backend: str, options: BuildOptions, choices: Iterable[Substitution]) -> tuple[str, BuildOptions]:

@@ -6,7 +6,7 @@ Every pin falls into one of the ways below, or is refused by name: a replay neve
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -122,17 +122,22 @@ class Substitution:
 
 
 def parse_substitutions(settings: Sequence[str]) -> tuple[Substitution, ...]:
-    """Read the `--set` options in order; PinRefused names the first that cannot be brought about."""
-    substitutions: list[Substitution] = []
+    """Read the `--set` options of a request's replay in order; PinRefused names the first that cannot be had."""
+    return parse_settings(settings, way_of)
+
+
+def parse_settings(settings: Sequence[str], way: Callable[[str], Way]) -> tuple[Substitution, ...]:
+    """Read `--set` options in order; PinRefused for what is no setting, is set twice, or has no `way`."""
+    found: list[Substitution] = []
     for setting in settings:
         try:
             pin, value = parse_setting(setting)
         except ManifestError as error:
             raise PinRefused("this is not a setting", pin=setting, fix=error.fix) from None
-        if any(earlier.pin == pin for earlier in substitutions):
+        if any(earlier.pin == pin for earlier in found):
             raise PinRefused("is set twice", pin=pin, fix="Give each pin one value.")
-        substitutions.append(Substitution(pin=pin, value=value, way=way_of(pin)))
-    return tuple(substitutions)
+        found.append(Substitution(pin=pin, value=value, way=way(pin)))
+    return tuple(found)
 
 
 def way_of(pin: str) -> Way:

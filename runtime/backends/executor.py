@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar, Generic, TypeVar
 
 from runtime.backends.contract import InputContract, Integers, StepInputs
@@ -13,7 +14,7 @@ from runtime.models.config import ModelConfig
 Loaded = TypeVar("Loaded")
 
 
-class LoadedExecutor(Generic[Loaded]):
+class LoadedExecutor(ABC, Generic[Loaded]):
     """Holds what a backend loaded; a backend adds `new_pool` and `run`."""
 
     backend = ""
@@ -72,9 +73,9 @@ class LoadedExecutor(Generic[Loaded]):
             return StepOutput(output.logits[:rows], output.new_k[:, :rows], output.new_v[:, :rows])
         return output
 
+    @abstractmethod
     def run(self, loaded: Loaded, inputs: StepInputs, pool: KVPool) -> StepOutput:
         """Run the step on inputs that satisfy the contract; refuse a pool of another executor with `InputRefused`."""
-        raise NotImplementedError
 
     def device_memory(self) -> dict[str, int] | None:
         """Tell the bytes that the backend's own allocator holds, by name; None where it has none to ask."""

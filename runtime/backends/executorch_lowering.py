@@ -9,10 +9,10 @@ from typing import Any
 
 from runtime.backends import program as programs
 from runtime.backends.build_process import BuildProcess
-from runtime.backends.errors import BackendRefused
+from runtime.backends.child_lowering import ChildLowering
 from runtime.backends.executorch import ARENA, DECODE, PREFILL, PROGRAM, WHOLE
 from runtime.backends.executorch_records import FALLBACK
-from runtime.backends.lowering import ExportedLowering, target, unknown
+from runtime.backends.lowering import target, unknown
 from runtime.backends.protocol import Boundary
 from runtime.backends.step_form import EXAMPLE
 
@@ -29,12 +29,11 @@ SMALLEST = 2
 DELEGATES = {"xnnpack": "XnnpackBackend"}
 
 
-class ExecutorchLowering(ExportedLowering):
+class ExecutorchLowering(ChildLowering):
     """Stages 4 to 6 for ExecuTorch: one compile in a child, which reports as it passes each stage."""
 
     backend = "executorch"
     step_kind = "whole_rows"
-    _build: BuildProcess | None = None
     _passes: tuple[str, ...] = ()
     _arena: int = 0
 
@@ -153,17 +152,6 @@ class ExecutorchLowering(ExportedLowering):
             "passes": self._passes,
             "flags": {**base["flags"], **self.choices, ARENA: str(self._arena)},
         }
-
-    def close(self) -> None:
-        """End the compiler if it still runs."""
-        if self._build is not None:
-            self._build.close()
-        super().close()
-
-    def _running(self) -> BuildProcess:
-        if self._build is None:
-            raise BackendRefused("stage a04 has not run", fix="call the stages in order")
-        return self._build
 
     def _closed(self) -> dict[str, int]:
         """Give the upper ends of dimensions for which the program itself has none: memory cannot be planned without."""

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from runtime.backends import program as programs
-from runtime.backends.build_process import BuildProcess
-from runtime.backends.errors import BackendRefused
+from runtime.backends.child_lowering import ChildLowering
 from runtime.backends.inductor import PACKAGE
 from runtime.backends.inductor_build import inductor_process
 from runtime.backends.inductor_package import canonicalize, enforced_bounds, read_package
 from runtime.backends.invariant import recipe_of
-from runtime.backends.lowering import ExportedLowering, target, unknown
+from runtime.backends.lowering import target, unknown
 from runtime.backends.protocol import Boundary
 
 SETTINGS = {
@@ -31,11 +30,10 @@ DEFAULT_LEVEL = "o3"
 """Kernels are compiled with -O3; Inductor has no other level that changes an ahead-of-time package."""
 
 
-class InductorLowering(ExportedLowering):
+class InductorLowering(ChildLowering):
     """Stages 4 to 6 for AOTInductor: one compile in a child, which reports as it passes each stage."""
 
     backend = "inductor"
-    _build: BuildProcess | None = None
     _passes: tuple[str, ...] = ()
     _isa: str = ""
     _compiler: str = ""
@@ -157,17 +155,6 @@ class InductorLowering(ExportedLowering):
             "flags": {**base["flags"], "freezing": str(self.freezing).lower(), "isa": self._isa, "cxx": self._compiler},
             "required_isa": tuple(self._isa.split()),
         }
-
-    def close(self) -> None:
-        """End the compiler if it still runs."""
-        if self._build is not None:
-            self._build.close()
-        super().close()
-
-    def _running(self) -> BuildProcess:
-        if self._build is None:
-            raise BackendRefused("stage a04 has not run", fix="call the stages in order")
-        return self._build
 
 
 def _library_versions() -> str:

@@ -10,10 +10,11 @@ from typing import Any
 
 from runtime.backends import program as programs
 from runtime.backends.build_process import BuildProcess
-from runtime.backends.errors import BackendRefused, BuildFailed, InputRefused
+from runtime.backends.child_lowering import ChildLowering
+from runtime.backends.errors import BuildFailed, InputRefused
 from runtime.backends.iree import FUNCTION, MODULE
 from runtime.backends.iree_records import code_bytes, required_flags
-from runtime.backends.lowering import ExportedLowering, unknown
+from runtime.backends.lowering import unknown
 from runtime.backends.protocol import Boundary
 
 LEVELS = ("default", "O0", "O1", "O2", "O3")
@@ -38,11 +39,10 @@ ELEMENTS = {
 """MLIR's element types."""
 
 
-class IreeLowering(ExportedLowering):
+class IreeLowering(ChildLowering):
     """Stages 1 to 6 for IREE on the CPU (llvm-cpu)."""
 
     backend = "iree"
-    _build: BuildProcess | None = None
     _imported: Mapping[str, Any]
     _passes: tuple[str, ...] = ()
     _target: Mapping[str, str]
@@ -224,17 +224,6 @@ class IreeLowering(ExportedLowering):
             },
             "required_isa": required_flags(features),
         }
-
-    def close(self) -> None:
-        """End the compiler if it still runs."""
-        if self._build is not None:
-            self._build.close()
-        super().close()
-
-    def _running(self) -> BuildProcess:
-        if self._build is None:
-            raise BackendRefused("stage a01 has not run", fix="call the stages in order")
-        return self._build
 
     def _declared(self) -> dict[str, dict[str, str]]:
         """Write the inputs of each function as MLIR does: `?` for what is dynamic."""

@@ -69,7 +69,7 @@ def attention(
 ) -> Array:
     """Scaled dot-product attention [...,T,D]; a row whose every key is masked answers zeros, as torch's does."""
     if dropout_p:
-        raise NotImplementedError("scaled_dot_product_attention with dropout")
+        raise ValueError("scaled_dot_product_attention with dropout")
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = jnp.repeat(key, repeats, axis=-3), jnp.repeat(value, repeats, axis=-3)
@@ -159,7 +159,7 @@ def vector_norm(
     elif order == float("inf"):
         found = jnp.max(wide, axes, keepdims=keepdim)
     else:
-        raise NotImplementedError(f"linalg_vector_norm of order {order}")
+        raise ValueError(f"linalg_vector_norm of order {order}")
     return found.astype(kind)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from runtime.backends.tensor_contract import Arrays, TensorContract, TensorRule,
 Loaded = TypeVar("Loaded")
 
 
-class LoadedOneShot(Generic[Loaded]):
+class LoadedOneShot(ABC, Generic[Loaded]):
     """Holds what a backend loaded of a one-shot model; a backend adds `call`."""
 
     backend = ""
@@ -61,9 +62,9 @@ class LoadedOneShot(Generic[Loaded]):
             self._check_output(rule, value, sizes)
         return {rule.name: value for rule, value in zip(self.contract.outputs, outputs, strict=True)}
 
+    @abstractmethod
     def call(self, loaded: Loaded, arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
         """Run the model on arrays in the contract's order; what it returns must outlive the backend's buffers."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Drop what was loaded; the executor cannot run afterwards."""

@@ -52,16 +52,15 @@ class OrtLowering(ExportedLowering):
     """Stages 1 to 6 for ONNX Runtime."""
 
     backend = "onnxruntime"
+    _model: onnx.ModelProto
+    _optimized: Path
+    _passes: tuple[str, ...] = ()
 
     def __init__(self, model_folder: Path, work: Path, options: BuildOptions, *, versions: Mapping[str, str]) -> None:
         super().__init__(model_folder, work, options, versions=versions)
         self.context = options.flags.get(CONTEXT, "resident")
         if self.context == "resident":
             self.step_kind, self.make_form = "resident", resident_form
-
-    _model: onnx.ModelProto
-    _optimized: Path
-    _passes: tuple[str, ...] = ()
 
     @property
     def level(self) -> str:

@@ -112,7 +112,7 @@ class NewColumns:
 
 
 class _Pending(NamedTuple):
-    """A step whose new columns nobody has kept yet."""
+    """The last step: each of its rows may keep its new column, until the next step begins."""
 
     starts: Integers
     slots: bytes
@@ -131,7 +131,6 @@ class ResidentRows:
         self._states = np.zeros(pool.num_slots, dtype=np.uint8)
         self._unstored = False
         self._pending: _Pending | None = None
-        self._last: _Pending | None = None
         self._foreseen: tuple[bytes, bytes] | None = None
         """Slots and lengths of a call that finds every row in place."""
         self.tables = Tables(config, rows=0, columns=0)
@@ -173,7 +172,7 @@ class ResidentRows:
         """Note that a step is about to put a column behind the context of each row, which the result stands for."""
         starts = starts.copy()
         new_k, new_v = (NewColumns(side, starts) for side in (self.tables.k, self.tables.v))
-        self._pending = self._last = _Pending(starts, slots.tobytes(), new_k, new_v)
+        self._pending = _Pending(starts, slots.tobytes(), new_k, new_v)
         return new_k, new_v
 
     def keep(self, slot_ids: Integers, new_k: Any, new_v: Any, rows: Integers) -> bool:
@@ -190,7 +189,6 @@ class ResidentRows:
         self._states[slot_ids] = UNSTORED
         self._unstored = True
         if len(rows) == len(pending.starts):
-            self._pending = None
             self._foresee(pending, slot_ids, rows, places)
         return True
 
@@ -246,13 +244,11 @@ class ResidentRows:
 
     def _abandon(self) -> None:
         """Clear the columns that the last step put and nobody kept: they may be no numbers."""
-        if self._last is not None:
-            self._last.new_k.end()
-            self._last.new_v.end()
-            self._last = None
         if self._pending is None:
             return
-        starts, self._pending = self._pending.starts, None
-        unkept = np.flatnonzero(self._filled[: len(starts)] <= starts)
+        pending, self._pending = self._pending, None
+        pending.new_k.end()
+        pending.new_v.end()
+        unkept = np.flatnonzero(self._filled[: len(pending.starts)] <= pending.starts)
         if len(unkept):
-            self.tables.clear(unkept, starts[unkept])
+            self.tables.clear(unkept, pending.starts[unkept])

@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from manifests.canonical import canonical_bytes, digest
 from runtime.backends import program as programs
 from runtime.backends.build_process import BuildProcess
+from runtime.backends.child_lowering import ChildLowering
 from runtime.backends.contract import InputContract
 from runtime.backends.errors import BackendRefused
 from runtime.backends.jax_bridge import held_tensors
-from runtime.backends.lowering import ExportedLowering, target, unknown
+from runtime.backends.lowering import target, unknown
 from runtime.backends.one_shot import OneShotModel, OneShotSpec
 from runtime.backends.program import StepProgram
 from runtime.backends.protocol import Boundary, LoadSpec
@@ -43,11 +44,10 @@ from runtime.backends.xla_shapes import batch_plan, free_symbols, shapes_ahead, 
 POOL_SYMBOL = "P"
 
 
-class XlaLowering(ExportedLowering):
+class XlaLowering(ChildLowering):
     """Stages 1 to 6 for XLA: the bridge, then one compile of all buckets in a child."""
 
     backend = "xla"
-    _build: BuildProcess | None = None
     _optimized: Mapping[str, Any]
     _lowered: Mapping[str, Any]
 
@@ -225,12 +225,6 @@ class XlaLowering(ExportedLowering):
             "flags": {**base["flags"], **self.settings, "xla_flags": os.environ.get(FLAGS, "")},
             "required_isa": () if self.lazily else tuple(self._instruction_sets()),
         }
-
-    def close(self) -> None:
-        """End the compiler if it still runs."""
-        if self._build is not None:
-            self._build.close()
-        super().close()
 
     def _names(self) -> dict[str, str]:
         if self.one_shot() is not None:

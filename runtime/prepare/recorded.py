@@ -63,17 +63,7 @@ def prepare_recorded(
             )
             _make_ready(recorder, store, name, prepared)
         except BaseException as error:
-            failed = error if isinstance(error, ClassifiedError) else None
-            if failed is not None:
-                _refuse(recorder, store, name, failed)
-            recorder.commit(
-                "run.completed",
-                payload={"error": type(error).__name__},
-                track="A",
-                status="error",
-                failure_class=failed.failure_class if failed else None,
-                error_type=failed.error_type if failed else None,
-            )
+            _end_failed(recorder, store, name, error)
             raise
         recorder.commit(
             "run.completed",
@@ -83,6 +73,21 @@ def prepare_recorded(
             result_ref=recorder.put_blob(prepared.preparation.canonical()),
         )
     return prepared
+
+
+def _end_failed(recorder: Recorder, store: PackageStore, name: str | None, error: BaseException) -> None:
+    """Record the decision against the package, where the failure is a classified one, and the run's end."""
+    failed = error if isinstance(error, ClassifiedError) else None
+    if failed is not None:
+        _refuse(recorder, store, name, failed)
+    recorder.commit(
+        "run.completed",
+        payload={"error": type(error).__name__},
+        track="A",
+        status="error",
+        failure_class=failed.failure_class if failed else None,
+        error_type=failed.error_type if failed else None,
+    )
 
 
 def _make_ready(recorder: Recorder, store: PackageStore, name: str | None, prepared: PreparedPackage) -> None:
