@@ -91,7 +91,10 @@ class OrtLowering(ExportedLowering):
                     verbose=False,
                     output_names=list(self.program.output_names),
                     opset_version=OPSETS[self.context] if self.step_program else ONE_SHOT_OPSET,
-                    custom_translation_table={torch.ops.replaylab.put_columns.default: _put_columns},
+                    custom_translation_table={
+                        torch.ops.replaylab.put_columns.default: _put_columns,
+                        torch.ops.replaylab.attend_columns.default: _attend_columns,
+                    },
                     **names,
                 )
         except Exception as error:  # ConversionError and its causes share no base
@@ -291,7 +294,14 @@ class OrtLowering(ExportedLowering):
 
 def _put_columns(table: Any, values: Any, starts: Any) -> Any:
     """Write `resident.put_columns` as the operator that ONNX has for it."""
-    return Opset("", OPSETS["resident"]).TensorScatter(table, values, starts, mode="linear", axis=2)
+    return Opset("", OPSETS["resident"]).TensorScatter(table, values, starts, mode="linear", axis=1)
+
+
+def _attend_columns(queries: Any, keys: Any, values: Any, mask: Any, heads: int, kv_heads: int) -> Any:
+    """Write `resident.attend_columns` as the operator that ONNX has for it."""
+    attend: Any = Opset("", OPSETS["resident"]).Attention
+    answered, *_ = attend(queries, keys, values, mask, q_num_heads=heads, kv_num_heads=kv_heads, scale=1.0)
+    return answered
 
 
 def _provider_version(name: str) -> str | dict[str, str]:

@@ -15,7 +15,7 @@ from runtime.backends.executor import StepInputs
 from runtime.backends.onnxruntime import OrtExecutor
 from runtime.backends.pool import ArrayPool, check_selection, foreign_pool
 from runtime.backends.protocol import Floats, KVPool, StepOutput
-from runtime.backends.resident import ResidentRows, Tables
+from runtime.backends.resident import ResidentRows, Tables, behind
 from runtime.models.config import ModelConfig
 
 
@@ -34,8 +34,8 @@ class BoundStep:
         for name, array in small.items():
             self._binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
         self._bind_logits()
-        for number, table in enumerate(tables.layers(batch)):
-            value = onnxruntime.OrtValue.ortvalue_from_numpy(table)
+        for number, table in enumerate(tables.all):
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(table[:batch])
             self._binding.bind_ortvalue_input(f"tables_{number}", value)
             self._binding.bind_ortvalue_output(f"filled_{number}", value)
 
@@ -66,7 +66,7 @@ class ResidentOrtPool(ArrayPool):
         self.rows = ResidentRows(config, self)
         self._vocab_size = config.vocab_size
         self._bound: dict[int, BoundStep] = {}
-        self._bound_to: Tables | None = None
+        self._bound_to: list[Floats] | None = None
 
     def adopt(self, k: NDArray[Any], v: NDArray[Any]) -> None:
         """See `ArrayPool.adopt`: who owns the tables writes them unseen, so no row is kept from step to step."""
@@ -89,8 +89,8 @@ class ResidentOrtPool(ArrayPool):
 
     def bound(self, session: onnxruntime.InferenceSession, batch: int) -> BoundStep:
         """Give the binding of a decode call over the resident rows."""
-        if self._bound_to is not self.rows.tables:
-            self._bound, self._bound_to = {}, self.rows.tables
+        if self._bound_to is not self.rows.tables.all:
+            self._bound, self._bound_to = {}, self.rows.tables.all
         found = self._bound.get(batch)
         if found is None:
             found = BoundStep(session, self.rows.tables, batch=batch, count=1, vocab_size=self._vocab_size)
@@ -117,7 +117,7 @@ class ResidentOrtExecutor(OrtExecutor):
             if count > 1:
                 return self._run_chunks(loaded, inputs, pool, columns=columns)
             pool.rows.prepare(slots, lengths, columns=columns)
-            new = pool.rows.begin(slots, lengths)  # before it runs: what a failing step leaves is nobody's either
+            new = pool.rows.begin(lengths)  # before it runs: what a failing step leaves is nobody's either
             return StepOutput(pool.bound(loaded, len(tokens)).run(tokens, positions, lengths), *new)
 
     def _run_chunks(
@@ -131,4 +131,5 @@ class ResidentOrtExecutor(OrtExecutor):
             pool.rows.settle(slots.reshape(-1))
             tables.fill(np.arange(batch), pool, slots, lengths=lengths)
         step = BoundStep(loaded, tables, batch=batch, count=count, vocab_size=self.config.vocab_size)
-        return StepOutput(step.run(tokens, positions, lengths), *tables.new_columns(lengths, count))
+        logits = step.run(tokens, positions, lengths)
+        return StepOutput(logits, *(behind(side, lengths, count) for side in (tables.k, tables.v)))

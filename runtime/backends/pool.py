@@ -140,6 +140,12 @@ class ArrayPool:
         """Read from now on tables that another process owns and writes; a pool that keeps views makes them again."""
         self.k, self.v = k, v
 
+    def layers(self) -> list[Floats]:
+        """View the tables [slots,kv width] of the layers: keys, then values of layer 0, of layer 1, ..."""
+        shape = (len(self._layer_offsets), self._slots, -1)
+        sides = zip(self.k.reshape(shape), self.v.reshape(shape), strict=True)
+        return [table for layer in sides for table in layer]
+
     def write(self, slot_ids: Integers, new_k: Any, new_v: Any, *, rows: Integers, columns: Integers) -> None:
         """Put token (rows[n], columns[n]) of [layers,B,T,width] arrays into slot_ids[n] of every layer."""
         check_selection(slot_ids, rows, columns, shape=new_k.shape, slots=self._slots)

@@ -9,6 +9,7 @@ what a step computes never depends on what stood in the tables before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,55 +26,72 @@ UNHELD, HELD, UNSTORED = 0, 1, 2
 
 
 class Tables:
-    """Keys and values of some rows, [layers,rows,kv_heads,columns,head_dim] each, at first zero.
+    """Keys and values of some rows: tables [rows,columns,kv width], keys, then values of layer 0, of layer 1, ...
 
-    The leading rows of a layer are one piece of memory.
+    Zero at first.  The leading rows of a table are one piece of memory.
     """
 
     def __init__(self, config: ModelConfig, *, rows: int, columns: int) -> None:
-        shape = (config.num_layers, rows, config.num_kv_heads, columns, config.head_dim)
-        flat = (int(np.prod(shape[:-1])), config.head_dim)
-        self.k, self.v = (aligned_zeros(*flat).reshape(shape) for _ in range(2))
-        self.rows, self.columns = rows, columns
+        self.rows, self.columns, self.width = rows, columns, config.kv_width
+        self._memory = [aligned_zeros(rows * columns, self.width) for _ in range(2 * config.num_layers)]
+        self._spare = aligned_zeros(0, self.width)
+        self.all = [self._shaped(memory) for memory in self._memory]
 
-    def layers(self, rows: int) -> list[Floats]:
-        """View the leading rows as the step takes them: keys, then values of layer 0, of layer 1, ..."""
-        return [side[layer, :rows] for layer in range(len(self.k)) for side in (self.k, self.v)]
+    @property
+    def k(self) -> list[Floats]:
+        """Keys of each layer."""
+        return self.all[::2]
+
+    @property
+    def v(self) -> list[Floats]:
+        """Values of each layer."""
+        return self.all[1::2]
 
     def fill(self, rows: Integers, pool: ArrayPool, slots: Integers, *, lengths: Integers) -> None:
         """Read the first lengths[n] columns of some rows from their slots [n,S] of the pool.
 
         Columns behind a shorter row's get what its other slots hold: numbers, which nobody reads.
         """
-        layers, _, heads, _, width = self.k.shape
         count = int(lengths.max(initial=0))
-        places = slots[:, None, :count] * heads + np.arange(heads)[:, None]
-        for side, table in ((self.k, pool.k), (self.v, pool.v)):
-            # A layer at a time, by head: twice as fast as one index over all layers.
-            for filled, layer in zip(side, table.reshape(layers, -1, width), strict=True):
-                filled[rows, :, :count] = layer.take(places, axis=0)
+        places = slots[:, :count]
+        for table, stored in zip(self.all, pool.layers(), strict=True):
+            table[rows, :count] = stored.take(places, axis=0)
+
+    def store(self, rows: Integers, columns: Integers, pool: ArrayPool, slots: Integers) -> None:
+        """Write column columns[n] of row rows[n] into slot slots[n] of the pool."""
+        places = rows * self.columns + columns
+        for table, stored in zip(self.all, pool.layers(), strict=True):
+            stored[slots] = table.reshape(-1, self.width).take(places, axis=0)
 
     def clear(self, rows: Integers, columns: Integers) -> None:
         """Put zeros into one column of each of some rows: even what is masked must be numbers."""
-        self.k[:, rows, :, columns] = 0.0
-        self.v[:, rows, :, columns] = 0.0
+        for table in self.all:
+            table[rows, columns] = 0.0
 
-    def copy_from(self, other: Tables, columns: int) -> None:
-        """Take over the first columns of another's rows, which are no more than these."""
-        self.k[:, : other.rows, :, :columns] = other.k[..., :columns, :]
-        self.v[:, : other.rows, :, :columns] = other.v[..., :columns, :]
+    def lay_out(self, *, rows: int, columns: int) -> None:
+        """Lay the rows out anew with as many of their columns as there are; behind them stand any numbers.
 
-    def new_columns(self, starts: Integers, count: int) -> tuple[Floats, Floats]:
-        """Copy out what a step put behind the context of its rows, [layers,B,count,kv width] each."""
-        return behind(self.k, starts, count), behind(self.v, starts, count)
+        One table after the other moves into the memory that the one before it has left: pages that were never used
+        cost more than what is copied into them.  Room for as much again costs nothing until it is used.
+        """
+        before, kept = self.all, min(columns, self.columns)
+        self.all, self.rows, self.columns = [], rows, columns
+        for number, table in enumerate(before):
+            if len(self._spare) < rows * columns:
+                self._spare = aligned_zeros(2 * rows * columns, self.width)
+            self._memory[number], self._spare = self._spare, self._memory[number]
+            laid_out = self._shaped(self._memory[number])
+            laid_out[: len(table), :kept] = table[:, :kept]
+            self.all.append(laid_out)
+
+    def _shaped(self, memory: Floats) -> Floats:
+        return memory[: self.rows * self.columns].reshape(self.rows, self.columns, self.width)
 
 
-def behind(side: Floats, starts: Integers, count: int) -> Floats:
+def behind(side: Sequence[Floats], starts: Integers, count: int) -> Floats:
     """Copy out `count` columns of each row from its start on, [layers,B,count,kv width]."""
     rows, columns = np.arange(len(starts))[:, None], starts[:, None] + np.arange(count)
-    # Indices around a slice come first in the result: [B,count,layers,heads,head_dim].
-    found = side[:, rows, :, columns].transpose(2, 0, 1, 3, 4)
-    return found.reshape(len(side), len(starts), count, -1)
+    return np.stack([table[rows, columns] for table in side])
 
 
 class NewColumns:
@@ -84,10 +102,9 @@ class NewColumns:
 
     dtype = np.dtype(np.float32)
 
-    def __init__(self, side: Floats, starts: Integers) -> None:
-        layers, _, heads, _, width = side.shape
-        self.shape = (layers, len(starts), 1, heads * width)
-        self._side: Floats | None = side
+    def __init__(self, side: Sequence[Floats], starts: Integers) -> None:
+        self.shape = (len(side), len(starts), 1, side[0].shape[2])
+        self._side: Sequence[Floats] | None = side
         self._starts = starts
 
     def numpy(self) -> Floats:
@@ -115,8 +132,6 @@ class _Pending(NamedTuple):
     """The last step: each of its rows may keep its new column, until the next step begins."""
 
     starts: Integers
-    slots: bytes
-    """The call's slots."""
     new_k: NewColumns
     new_v: NewColumns
 
@@ -125,14 +140,18 @@ class ResidentRows:
     """The rows of decode calls over one pool: what stands in each, and where in the pool it belongs."""
 
     def __init__(self, config: ModelConfig, pool: ArrayPool) -> None:
-        self._config, self._pool = config, pool
+        self._pool = pool
         self.watched = True
         """Whether every write into the pool is told here; if not, nothing is kept from step to step."""
         self._states = np.zeros(pool.num_slots, dtype=np.uint8)
         self._unstored = False
         self._pending: _Pending | None = None
-        self._foreseen: tuple[bytes, bytes] | None = None
-        """Slots and lengths of a call that finds every row in place."""
+        self._call = (b"", b"")
+        """Slots and context lengths of the last call."""
+        self._own = np.zeros((0, 0), dtype=np.int64)
+        """The same slots, [B,S]."""
+        self._foreseen: bytes | None = None
+        """Context lengths with which a call of the same slots finds every row in place."""
         self.tables = Tables(config, rows=0, columns=0)
         self._slots = np.zeros((0, 0), dtype=np.int64)
         self._filled = self._stored = np.zeros(0, dtype=np.int64)
@@ -145,11 +164,13 @@ class ResidentRows:
         """
         self._abandon()
         foreseen, self._foreseen = self._foreseen, None
-        if columns != self.tables.columns or len(lengths) > self.tables.rows:
-            self._allot(rows=max(len(lengths), self.tables.rows), columns=columns)
-        elif foreseen == (slots.tobytes(), lengths.tobytes()):
-            return self.tables
+        before, self._call = self._call[0], (slots.tobytes(), lengths.tobytes())
         batch, width = len(lengths), min(slots.shape[1], columns)
+        if columns != self.tables.columns or batch > self.tables.rows:
+            self._lay_out(rows=max(batch, self.tables.rows), columns=columns)
+        elif foreseen == self._call[1] and before == self._call[0]:
+            return self.tables
+        self._own = np.frombuffer(self._call[0], dtype=np.int64).reshape(slots.shape)
         stale = np.arange(batch)
         if self.watched:
             alike = self._slots[:batch, :width] == slots[:, :width]
@@ -168,11 +189,11 @@ class ResidentRows:
         self._stored[stale] = lengths[stale]
         return self.tables
 
-    def begin(self, slots: Integers, starts: Integers) -> tuple[NewColumns, NewColumns]:
+    def begin(self, starts: Integers) -> tuple[NewColumns, NewColumns]:
         """Note that a step is about to put a column behind the context of each row, which the result stands for."""
         starts = starts.copy()
-        new_k, new_v = (NewColumns(side, starts) for side in (self.tables.k, self.tables.v))
-        self._pending = _Pending(starts, slots.tobytes(), new_k, new_v)
+        new_k, new_v = NewColumns(self.tables.k, starts), NewColumns(self.tables.v, starts)
+        self._pending = _Pending(starts, new_k, new_v)
         return new_k, new_v
 
     def keep(self, slot_ids: Integers, new_k: Any, new_v: Any, rows: Integers) -> bool:
@@ -184,19 +205,21 @@ class ResidentRows:
         places = pending.starts[rows]
         if not (self._filled[rows] == places).all():  # this very write changed the context of one of them
             return False
+        longer = places + 1
         self._slots[rows, places] = slot_ids
-        self._filled[rows] = places + 1
+        self._filled[rows] = longer
         self._states[slot_ids] = UNSTORED
         self._unstored = True
-        if len(rows) == len(pending.starts):
-            self._foresee(pending, slot_ids, rows, places)
+        if len(rows) == len(pending.starts) and self._owns(rows, places, slot_ids):
+            self._foreseen = longer.tobytes()
         return True
 
-    def _foresee(self, pending: _Pending, slot_ids: Integers, rows: Integers, places: Integers) -> None:
-        """Know the next call by its bytes, where it has the same slots: all rows one longer."""
-        slots = np.frombuffer(pending.slots, dtype=np.int64).reshape(len(pending.starts), -1)
-        if places.max() < slots.shape[1] and (slots[rows, places] == slot_ids).all():
-            self._foreseen = (pending.slots, (pending.starts + 1).tobytes())
+    def _owns(self, rows: Integers, places: Integers, slot_ids: Integers) -> bool:
+        """Tell whether these are the call's own slots, row by row: then the next call is known, if it has the same."""
+        try:
+            return self._own[rows, places].tobytes() == slot_ids.tobytes()
+        except IndexError:  # no slot was given for the new token
+            return False
 
     def overwritten(self, slot_ids: Integers) -> None:
         """Follow a write into slots: rows that hold one of them lose it, and what is behind it."""
@@ -222,23 +245,20 @@ class ResidentRows:
         unstored = (self._places >= self._stored[:, None]) & (self._places < self._filled[:, None])
         rows, columns = np.nonzero(unstored)
         ids = self._slots[rows, columns]
-        layers, _, heads, _, width = self.tables.k.shape
-        for side, table in ((self.tables.k, self._pool.k), (self.tables.v, self._pool.v)):
-            table.reshape(layers, -1, heads, width)[:, ids] = side[:, rows, :, columns].swapaxes(0, 1)
+        self.tables.store(rows, columns, self._pool, ids)
         self._stored = self._filled.copy()
         self._states[ids] = HELD
         self._unstored = False
 
-    def _allot(self, *, rows: int, columns: int) -> None:
-        """Make other tables, with what fits of the old ones."""
-        old, kept = self.tables, min(columns, self.tables.columns)
-        if kept < old.columns:
+    def _lay_out(self, *, rows: int, columns: int) -> None:
+        """Give the tables another shape, with what fits of their columns."""
+        before, kept = self.tables.rows, min(columns, self.tables.columns)
+        if kept < self.tables.columns:
             self.store()
-        self.tables = Tables(self._config, rows=rows, columns=columns)
-        self.tables.copy_from(old, kept)
+        self.tables.lay_out(rows=rows, columns=columns)
         slots = np.zeros((rows, columns), dtype=np.int64)
-        slots[: old.rows, :kept] = self._slots[:, :kept]
-        more = (0, rows - old.rows)
+        slots[:before, :kept] = self._slots[:, :kept]
+        more = (0, rows - before)
         self._slots, self._places = slots, np.arange(columns)
         self._filled, self._stored = (np.pad(np.minimum(one, kept), more) for one in (self._filled, self._stored))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from runtime.models.config import ModelConfig, ModelRefused, read_config
 from runtime.models.decoder import Decoder, NormKind, WholeRowDecoder
 from runtime.models.invariant import InvariantDecoder
-from runtime.models.resident import ResidentDecoder
+from runtime.models.resident import ResidentDecoder, own_projections
 
 StepKind = Literal["plain", "whole_rows", "resident"]
 """How a decoder reads its context: by head from a view of the pool; as `decoder.WholeRowDecoder`, where no backend has
@@ -167,7 +167,7 @@ def build_decoder(
         )
     decoder = new_decoder(config, precision, norm=norm, tile=tile, kind=kind)
     try:
-        decoder.load_state_dict(state, strict=True)
+        decoder.load_state_dict(own_projections(state, config) if kind == "resident" else state, strict=True)
     except RuntimeError as error:
         raise ModelRefused(f"weights do not fit config.json: {error}", fix="restore the weights") from error
     return decoder.eval().requires_grad_(False)

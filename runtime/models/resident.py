@@ -1,6 +1,6 @@
 """What does a step compute that is handed each row's context in place, instead of looking it up in the pool?
 
-One table a layer and side, [B,kv_heads,S,head_dim]: column j of a row is its position j.  The step puts its new keys
+One table a layer and side, [B,S,kv_heads*head_dim]: column j of a row is its position j.  The step puts its new keys
 and values into their columns and attends to what then stands there, so no context is copied at all where the backend
 lets a table be input and output at once.  In torch the step is as pure as any other: it answers new tables.
 
@@ -23,11 +23,10 @@ from runtime.models.decoder import Block, Decoder, NormKind
 
 @torch.library.custom_op("replaylab::put_columns", mutates_args=())
 def put_columns(table: Tensor, values: Tensor, starts: Tensor) -> Tensor:
-    """Put values [B,heads,T,head_dim] into columns starts[b].. of a table [B,heads,S,head_dim]; the table is kept."""
-    batch, heads, tokens, _ = values.shape
-    columns = starts[:, None, None] + torch.arange(tokens)
+    """Put values [B,T,width] into columns starts[b].. of a table [B,S,width]; the table is kept."""
+    batch, tokens, _ = values.shape
     filled = table.clone()
-    filled[torch.arange(batch)[:, None, None], torch.arange(heads)[None, :, None], columns] = values
+    filled[torch.arange(batch)[:, None], starts[:, None] + torch.arange(tokens)] = values
     return filled
 
 
@@ -36,8 +35,42 @@ def _(table: Tensor, values: Tensor, starts: Tensor) -> Tensor:
     return torch.empty_like(table)
 
 
+@torch.library.custom_op("replaylab::attend_columns", mutates_args=())
+def attend_columns(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """Attend with queries [B,Q,heads*head_dim], scaled already, to tables [B,S,kv_heads*head_dim].
+
+    mask bool [B,1,Q,S].  Returns [B,Q,heads*head_dim].  Exporters write PyTorch's own attention with heads apart from
+    positions, for which everything would have to be transposed.
+    """
+    parted = [
+        side.unflatten(2, (count, -1)).transpose(1, 2)
+        for side, count in ((queries, heads), (keys, kv_heads), (values, kv_heads))
+    ]
+    attended = functional.scaled_dot_product_attention(*parted, attn_mask=mask, scale=1.0, enable_gqa=True)
+    return attended.transpose(1, 2).flatten(2).contiguous()
+
+
+@attend_columns.register_fake
+def _(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, heads: int, kv_heads: int) -> Tensor:
+    return torch.empty_like(queries)
+
+
 class ResidentBlock(Block):
-    """One layer over tables whose columns are positions."""
+    """One layer over tables whose columns are positions.
+
+    Each projection is a layer of its own, because what a joint one answers would be copied apart; `own_projections`
+    makes their weights.
+    """
+
+    def __init__(self, config: ModelConfig, norm: NormKind) -> None:
+        super().__init__(config, norm)
+        del self.qkv, self.gate_up
+        width, inner = config.hidden_size, config.intermediate_size
+        self.q = nn.Linear(width, self.heads * self.head_dim, bias=config.attention_bias)
+        self.k = nn.Linear(width, config.kv_width, bias=config.attention_bias)
+        self.v = nn.Linear(width, config.kv_width, bias=config.attention_bias)
+        self.gate = nn.Linear(width, inner, bias=config.mlp_bias)
+        self.up = nn.Linear(width, inner, bias=config.mlp_bias)
 
     def attend(
         self,
@@ -53,46 +86,68 @@ class ResidentBlock(Block):
 
         angles [B,T,head_dim/2], starts [B], mask [B,1,T,S] or, with a tile, [B,1,queries,S].
         """
-        batch, tokens, _ = x.shape
-        q, k, v = self.project_rows(x, angles)
-        shape = (batch, tokens, -1, self.head_dim)
-        keys = put_columns(tables[0], k.reshape(shape).transpose(1, 2), starts)
-        values = put_columns(tables[1], v.reshape(shape).transpose(1, 2), starts)
+        normed = self.attention_norm(x)
+        q = self.turn(self.q(normed), self.query_norm, angles)
+        k = self.turn(self.k(normed), self.key_norm, angles)
+        keys, values = put_columns(tables[0], k, starts), put_columns(tables[1], self.v(normed), starts)
         if tile is None:
-            grouped = self.heads > self.kv_heads  # exporters refuse the word where there is nothing to group
-            answered = functional.scaled_dot_product_attention(
-                q.reshape(shape).transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=grouped
-            )
-            attended = answered.transpose(1, 2).reshape(batch, tokens, -1)
+            attended = attend_columns(q, keys, values, mask, self.heads, self.kv_heads)
         else:
-            attended = self.ungroup(self.attend_in_tiles(q.reshape(shape), keys, values, mask=mask, tile=tile), tokens)
+            attended = self.attend_in_tiles(q, keys, values, mask=mask, tile=tile)
         return self.feed_forward(x + self.out(attended)), keys, values
 
-    def project_rows(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values, each [B,T,heads*head_dim], the first two rotated."""
-        batch, tokens, _ = x.shape
-        q_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        turned, v = self.qkv(self.attention_norm(x)).split([q_width + kv_width, kv_width], dim=2)
-        if self.query_norm is not None and self.key_norm is not None:
-            heads = turned.reshape(batch, tokens, self.heads + self.kv_heads, self.head_dim)
-            q, k = heads.split([self.heads, self.kv_heads], dim=2)
-            turned = torch.cat([self.query_norm(q), self.key_norm(k)], 2).reshape(batch, tokens, q_width + kv_width)
-        turned = onnx_operators.rotary_embedding(turned, *angles, num_heads=self.heads + self.kv_heads)
-        q, k = turned.split([q_width, kv_width], dim=2)
-        return q, k, v
+    def turn(self, heads: Tensor, norm: nn.Module | None, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotate heads [B,T,heads*head_dim], normed before where the family does that."""
+        if norm is not None:
+            heads = norm(heads.unflatten(2, (-1, self.head_dim))).flatten(2)
+        return onnx_operators.rotary_embedding(heads, *angles, num_heads=heads.shape[2] // self.head_dim)
 
     def attend_in_tiles(self, q: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor, tile: int) -> Tensor:
-        """Ask q [B,T,heads,head_dim] by key head and in whole tiles; returns [B,kv_heads,T*repeats,head_dim]."""
-        asked = self.group(q)
+        """Ask q [B,T,heads*head_dim] by key head and in whole tiles; returns what has its shape.
+
+        The heads that share a key head are queries of one attention, side by side.
+        """
+        batch, tokens, _ = q.shape
         repeats = self.heads // self.kv_heads
-        if repeats % tile == 0:
-            return functional.scaled_dot_product_attention(asked, keys, values, attn_mask=mask)
-        count = q.shape[1] * repeats
-        answered = functional.scaled_dot_product_attention(
-            asked.index_select(2, tiled(count, tile, q.device)), keys, values, attn_mask=mask
-        )
-        # Picked by index, not sliced: a slice would make torch.export ask whether there is anything to cut.
-        return answered.index_select(2, torch.arange(count, device=q.device))
+        count = tokens * repeats
+        asked = q.reshape(batch, tokens, self.kv_heads, repeats, self.head_dim).transpose(2, 3)
+        asked = asked.reshape(batch, count, self.kv_heads * self.head_dim)
+        if repeats % tile:
+            asked = asked.index_select(1, tiled(count, tile, q.device))
+        answered = attend_columns(asked, keys, values, mask, self.kv_heads, self.kv_heads)
+        if repeats % tile:
+            # Picked by index, not sliced: a slice would make torch.export ask whether there is anything to cut.
+            answered = answered.index_select(1, torch.arange(count, device=q.device))
+        answered = answered.reshape(batch, tokens, repeats, self.kv_heads, self.head_dim).transpose(2, 3)
+        return answered.reshape(batch, tokens, self.heads * self.head_dim)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """See `Block.feed_forward`."""
+        normed = self.feed_forward_norm(x)
+        return x + self.down(functional.silu(self.gate(normed)) * self.up(normed))
+
+
+def own_projections(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Make a resident decoder's weights of those of `Decoder`: projections apart, and queries that come scaled.
+
+    ONNX Runtime packs all keys anew at every call of an attention that has to scale.  A head's 64 columns are scaled
+    by a power of two, which changes no bit; others round once.  Raises RuntimeError for weights of another shape.
+    """
+    q_width, kv_width, inner = config.num_heads * config.head_dim, config.kv_width, config.intermediate_size
+    parts = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+    widths = {"qkv": (q_width, kv_width, kv_width), "gate_up": (inner, inner)}
+    apart: dict[str, Tensor] = {}
+    for name, weight in state.items():
+        prefix, _, last = name.rpartition(".")
+        block, _, layer = prefix.rpartition(".")
+        if layer in parts:
+            pieces = weight.split(widths[layer])
+            apart |= {f"{block}.{part}.{last}": piece for part, piece in zip(parts[layer], pieces, strict=True)}
+        else:
+            apart[name] = weight
+    scaled = ".query_norm.weight" if config.qk_norm else ".q.weight", ".q.bias"
+    scale = config.head_dim**-0.5
+    return {name: weight * scale if name.endswith(scaled) else weight for name, weight in apart.items()}
 
 
 def tiled(count: int, tile: int, device: torch.device) -> Tensor:
@@ -101,7 +156,7 @@ def tiled(count: int, tile: int, device: torch.device) -> Tensor:
 
 
 class ResidentDecoder(Decoder):
-    """The functional step over resident context; weights are those of `Decoder`.
+    """The functional step over resident context; weights are those of `Decoder` as `own_projections` gives them.
 
     tile: queries of one attention call are a multiple of it; None leaves each head its own call.
     """
@@ -121,14 +176,14 @@ class ResidentDecoder(Decoder):
         """Run one step.
 
         token_ids, positions int64 [B,T], context_lengths int64 [B] with context_lengths[b] + T <= S.
-        tables [B,kv_heads,S,head_dim]: keys, then values of layer 0, of layer 1, ...; what stands in a row's columns
+        tables [B,S,kv_heads*head_dim]: keys, then values of layer 0, of layer 1, ...; what stands in a row's columns
         from context_lengths[b] on is overwritten or not read, but must be numbers.
         Returns logits float32 [B,T,vocab], then the tables with the new columns.
         """
         x = self.embed(token_ids)
         angle = positions[..., None].to(torch.float32) * self.inverse_frequency
         angles = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        mask = self.mask(token_ids, context_lengths, columns=tables[0].shape[2])
+        mask = self.mask(token_ids, context_lengths, columns=tables[0].shape[1])
         filled: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             x, keys, values = cast(ResidentBlock, block).attend(

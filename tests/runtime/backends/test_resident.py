@@ -97,15 +97,16 @@ class ResidentRowsMachine(RuleBasedStateMachine):
         slots = np.ascontiguousarray(tables[:batch], dtype=np.int64)
         found = self.pool.rows.prepare(slots, starts, columns=width or int(starts.max()) + 1)
         for row, start in enumerate(starts.tolist()):
-            expected = self.truth[:, slots[row, :start]].reshape(CONFIG.num_layers, start, 2, 2).transpose(0, 2, 1, 3)
-            np.testing.assert_array_equal(found.k[:, row, :, :start], expected)
-            np.testing.assert_array_equal(found.v[:, row, :, :start], -expected)
-        assert np.isfinite(found.k).all() and np.isfinite(found.v).all()
-        new_k, new_v = self.pool.rows.begin(slots, starts)
-        values = self.draw.standard_normal((CONFIG.num_layers, batch, 2, 2)).astype(np.float32)
+            expected = self.truth[:, slots[row, :start]]
+            np.testing.assert_array_equal([table[row, :start] for table in found.k], expected)
+            np.testing.assert_array_equal([table[row, :start] for table in found.v], -expected)
+        assert all(np.isfinite(table).all() for table in found.all)
+        new_k, new_v = self.pool.rows.begin(starts)
+        values = self.draw.standard_normal((CONFIG.num_layers, batch, CONFIG.kv_width)).astype(np.float32)
         for row, start in enumerate(starts.tolist()):  # as the program does
-            found.k[:, row, :, start] = np.nan if row in broken else values[:, row]
-            found.v[:, row, :, start] = np.nan if row in broken else -values[:, row]
+            for layer, (k, v) in enumerate(zip(found.k, found.v, strict=True)):
+                k[row, start] = np.nan if row in broken else values[layer, row]
+                v[row, start] = np.nan if row in broken else -values[layer, row]
         kept = np.array([row for row in range(batch) if row not in lost | broken], dtype=np.int64)
         # Two rows may not write into one slot: the engine never shares a block that is still being filled.
         targets = np.array(
@@ -117,7 +118,7 @@ class ResidentRowsMachine(RuleBasedStateMachine):
         for part in np.array_split(np.arange(len(kept)), pieces):
             columns = np.zeros(len(part), dtype=np.int64)
             self.pool.write(targets[part], new_k, new_v, rows=kept[part], columns=columns)
-        self.truth[:, targets] = values[:, kept].reshape(CONFIG.num_layers, len(kept), -1)
+        self.truth[:, targets] = values[:, kept]
 
     @rule(slots=st.lists(st.integers(0, SLOTS - 1), min_size=1, max_size=3))
     def read(self, slots: list[int]) -> None:
