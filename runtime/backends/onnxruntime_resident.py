@@ -22,38 +22,40 @@ from runtime.models.config import ModelConfig
 class BoundStep:
     """The leading rows of some tables, and the small inputs beside them, bound to a session."""
 
-    def __init__(
-        self, session: onnxruntime.InferenceSession, tables: Tables, *, batch: int, count: int, vocab_size: int
-    ) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, *, batch: int, count: int, vocab_size: int) -> None:
         self._session = session
         self._shape = (batch, count, vocab_size)
         self._tokens, self._positions = (np.zeros((batch, count), dtype=np.int64) for _ in range(2))
         self._lengths = np.zeros(batch, dtype=np.int64)
+        self._tables: list[Floats] = []
         self._binding: Any = session.io_binding()
         small = {"token_ids": self._tokens, "positions": self._positions, "context_lengths": self._lengths}
         for name, array in small.items():
             self._binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
         self._bind_logits()
-        for number, table in enumerate(tables.all):
-            value = onnxruntime.OrtValue.ortvalue_from_numpy(table[:batch])
-            self._binding.bind_ortvalue_input(f"tables_{number}", value)
-            self._binding.bind_ortvalue_output(f"filled_{number}", value)
 
     def _bind_logits(self) -> None:
         self._logits = np.empty(self._shape, dtype=np.float32)
         self._binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(self._logits))
+        self._own_references = sys.getrefcount(self._logits)
+
+    def bind(self, tables: Tables) -> None:
+        """Read and fill these tables from now on."""
+        if self._tables is tables.all:
+            return
+        self._tables = tables.all
+        for number, table in enumerate(tables.all):
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(table[: self._shape[0]])
+            self._binding.bind_ortvalue_input(f"tables_{number}", value)
+            self._binding.bind_ortvalue_output(f"filled_{number}", value)
 
     def run(self, tokens: Integers, positions: Integers, lengths: Integers) -> Floats:
         """Run the step once; the tables are filled in place.  Returns logits [B,T,vocab]."""
         self._tokens[...], self._positions[...], self._lengths[...] = tokens, positions, lengths
-        if sys.getrefcount(self._logits) > OWN_REFERENCES:  # somebody still holds the last answer, or a view of it
+        if sys.getrefcount(self._logits) > self._own_references:  # somebody still holds the last answer, or a view of it
             self._bind_logits()
         self._session.run_with_iobinding(self._binding)
         return self._logits
-
-
-OWN_REFERENCES = 2
-"""Of an array that one attribute holds, as `sys.getrefcount` counts: its own argument is one."""
 
 
 class ResidentOrtPool(ArrayPool):
@@ -66,7 +68,6 @@ class ResidentOrtPool(ArrayPool):
         self.rows = ResidentRows(config, self)
         self._vocab_size = config.vocab_size
         self._bound: dict[int, BoundStep] = {}
-        self._bound_to: list[Floats] | None = None
 
     def adopt(self, k: NDArray[Any], v: NDArray[Any]) -> None:
         """See `ArrayPool.adopt`: who owns the tables writes them unseen, so no row is kept from step to step."""
@@ -89,12 +90,10 @@ class ResidentOrtPool(ArrayPool):
 
     def bound(self, session: onnxruntime.InferenceSession, batch: int) -> BoundStep:
         """Give the binding of a decode call over the resident rows."""
-        if self._bound_to is not self.rows.tables.all:
-            self._bound, self._bound_to = {}, self.rows.tables.all
         found = self._bound.get(batch)
         if found is None:
-            found = BoundStep(session, self.rows.tables, batch=batch, count=1, vocab_size=self._vocab_size)
-            self._bound[batch] = found
+            found = self._bound[batch] = BoundStep(session, batch=batch, count=1, vocab_size=self._vocab_size)
+        found.bind(self.rows.tables)
         return found
 
 
@@ -130,6 +129,7 @@ class ResidentOrtExecutor(OrtExecutor):
         if lengths.any():
             pool.rows.settle(slots.reshape(-1))
             tables.fill(np.arange(batch), pool, slots, lengths=lengths)
-        step = BoundStep(loaded, tables, batch=batch, count=count, vocab_size=self.config.vocab_size)
+        step = BoundStep(loaded, batch=batch, count=count, vocab_size=self.config.vocab_size)
+        step.bind(tables)
         logits = step.run(tokens, positions, lengths)
         return StepOutput(logits, *(behind(side, lengths, count) for side in (tables.k, tables.v)))

@@ -146,6 +146,8 @@ class ResidentRows:
         self._states = np.zeros(pool.num_slots, dtype=np.uint8)
         self._unstored = False
         self._pending: _Pending | None = None
+        self._all_kept = False
+        """Whether every row of the last step kept its new column."""
         self._call = (b"", b"")
         """Slots and context lengths of the last call."""
         self._own = np.zeros((0, 0), dtype=np.int64)
@@ -193,7 +195,7 @@ class ResidentRows:
         """Note that a step is about to put a column behind the context of each row, which the result stands for."""
         starts = starts.copy()
         new_k, new_v = NewColumns(self.tables.k, starts), NewColumns(self.tables.v, starts)
-        self._pending = _Pending(starts, new_k, new_v)
+        self._pending, self._all_kept = _Pending(starts, new_k, new_v), False
         return new_k, new_v
 
     def keep(self, slot_ids: Integers, new_k: Any, new_v: Any, rows: Integers) -> bool:
@@ -210,8 +212,10 @@ class ResidentRows:
         self._filled[rows] = longer
         self._states[slot_ids] = UNSTORED
         self._unstored = True
-        if len(rows) == len(pending.starts) and self._owns(rows, places, slot_ids):
-            self._foreseen = longer.tobytes()
+        if len(rows) == len(pending.starts):
+            self._all_kept = True
+            if self._owns(rows, places, slot_ids):
+                self._foreseen = longer.tobytes()
         return True
 
     def _owns(self, rows: Integers, places: Integers, slot_ids: Integers) -> bool:
@@ -269,6 +273,8 @@ class ResidentRows:
         pending, self._pending = self._pending, None
         pending.new_k.end()
         pending.new_v.end()
+        if self._all_kept:
+            return
         unkept = np.flatnonzero(self._filled[: len(pending.starts)] <= pending.starts)
         if len(unkept):
             self.tables.clear(unkept, pending.starts[unkept])

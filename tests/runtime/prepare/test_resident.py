@@ -102,6 +102,26 @@ def test_rows_stay_in_place_while_their_sequences_go_on(
     assert filled == [1]  # the second row is another sequence's now
 
 
+def test_an_answer_is_written_over_only_where_nobody_holds_it(
+    prepared: Callable[..., PreparedPackage], store: PackageStore
+) -> None:
+    session = Session(load(prepared, store))
+    session.keep([0, 1], 4, session.call([0, 1], 4))
+    places: list[int] = []
+    for _ in range(3):
+        output = session.call([0, 1], 1)
+        places.append(output.logits.ctypes.data)
+        session.keep([0, 1], 1, output)
+        del output
+    assert len(set(places)) == 1  # new memory would cost more than the copy that is spared
+    held = session.call([0, 1], 1)
+    session.keep([0, 1], 1, held)
+    first, before = held.logits[:1, 0], held.logits.copy()
+    del held
+    assert not np.array_equal(session.call([0, 1], 1).logits, before)
+    np.testing.assert_array_equal(first, before[:1, 0])
+
+
 def test_an_answer_that_is_no_number_reaches_nobody_else(tmp_path: Path, store: PackageStore) -> None:
     folder = random_checkpoint(tmp_path / "model", seed=3)
     weights = load_file(folder / "model.safetensors")
