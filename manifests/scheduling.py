@@ -34,8 +34,9 @@ class SchedulingManifest(Manifest):
     watermark: DecimalText = "0"
     """Share of the blocks that admission keeps free."""
     enable_prefix_caching: bool = True
-    context_multiple: PositiveCount = 64
-    """Cached context is padded to a multiple of this: its padded length reaches the bits."""
+    context_multiple: PositiveCount | None = None
+    """Cached context is padded to a multiple of this, which reaches the bits: a multiple of the block size, which it is
+    where none is given."""
     batch_sizes: tuple[PositiveCount, ...] = (1, 2, 4, 8)
     """Row counts that a call is padded to, ascending."""
     engine_id: str = "engine-0"

@@ -100,7 +100,7 @@ schedulings = st.builds(
     num_blocks=positive_counts,
     watermark=decimals,
     enable_prefix_caching=st.booleans(),
-    context_multiple=positive_counts,
+    context_multiple=st.none() | positive_counts,
     batch_sizes=st.lists(positive_counts, max_size=3).map(tuple),
     engine_id=texts,
     max_num_queued_reqs=st.none() | positive_counts,

@@ -50,7 +50,8 @@ class Settings:
     ) -> Settings:
         """Read a manifest under a package's bounds; raises SettingsRefused where they contradict each other."""
         _check(manifest, max_batch=max_batch)
-        multiple, block = manifest.context_multiple, manifest.block_size
+        block = manifest.block_size
+        multiple = manifest.context_multiple or block
         chunk = min(manifest.max_num_batched_tokens, max_tokens // block * block)
         if manifest.long_prefill_token_threshold:
             chunk = min(chunk, manifest.long_prefill_token_threshold)
@@ -123,7 +124,7 @@ def _check(manifest: SchedulingManifest, *, max_batch: int) -> None:
     """Refuse pins that no engine could honour together, or not with packages of so many rows."""
     multiple, block, most = manifest.context_multiple, manifest.block_size, manifest.max_num_seqs
     largest = max(manifest.batch_sizes, default=0)
-    if multiple % block:
+    if multiple is not None and multiple % block:
         message = f"context_multiple {multiple} is no multiple of block_size {block}"
         raise SettingsRefused(message, fix=f"set context_multiple to {-(-multiple // block) * block}, or block_size")
     if manifest.max_num_batched_tokens < most:

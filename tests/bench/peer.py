@@ -52,7 +52,6 @@ def replaylab(checkpoint: Path, work: Path, *, backend: str, batch_invariant: bo
         num_blocks=512,
         batch_sizes=(1, 8, 32),
         block_size=16,
-        context_multiple=16,  # peers attend to what there is; every padded column costs time
     )
     recorder = Recorder(work, run_id="run_bench", component="engine")
     engine = Engine(model, scheduling, recorder)

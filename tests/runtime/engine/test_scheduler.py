@@ -63,6 +63,11 @@ def test_what_can_never_fit_is_refused_as_capacity() -> None:
     assert not state.has_work
 
 
+def test_context_is_padded_to_whole_blocks_where_nothing_else_is_pinned() -> None:
+    assert [settings_of(context_multiple=None).pad_context(start) for start in (0, 1, 4, 5, 8)] == [4, 4, 4, 8, 8]
+    assert [settings_of(context_multiple=8).pad_context(start) for start in (0, 1, 4, 5, 8)] == [8, 8, 8, 8, 8]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
