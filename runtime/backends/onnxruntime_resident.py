@@ -54,7 +54,7 @@ class BoundStep:
         self._tokens[...], self._positions[...], self._lengths[...] = tokens, positions, lengths
         if (
             sys.getrefcount(self._logits) > self._own_references
-        ):  # somebody still holds the last answer, or a view of it
+        ):  # somebody holds the last answer, or a view of it
             self._bind_logits()
         self._session.run_with_iobinding(self._binding)
         return self._logits
