@@ -52,9 +52,7 @@ class BoundStep:
     def run(self, tokens: Integers, positions: Integers, lengths: Integers) -> Floats:
         """Run the step once; the tables are filled in place.  Returns logits [B,T,vocab]."""
         self._tokens[...], self._positions[...], self._lengths[...] = tokens, positions, lengths
-        if (
-            sys.getrefcount(self._logits) > self._own_references
-        ):  # somebody holds the last answer, or a view of it
+        if sys.getrefcount(self._logits) > self._own_references:  # somebody holds the last answer, or a view of it
             self._bind_logits()
         self._session.run_with_iobinding(self._binding)
         return self._logits
