@@ -7,7 +7,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from runtime.backends.contract import InputContract, Integers, StepInputs
 from runtime.backends.errors import BackendError, BackendRefused, classify_execution
-from runtime.backends.invariant import arrange, least_rows
+from runtime.backends.invariant import arrange, columns_of, least_rows
 from runtime.backends.protocol import KVPool, LoadSpec, StepOutput
 from runtime.models.config import ModelConfig
 
@@ -61,7 +61,7 @@ class LoadedExecutor(ABC, Generic[Loaded]):
         self.spec.contract.check(tokens, positions, slots, context_lengths, num_slots=pool.num_slots)
         inputs = (plain(tokens), plain(positions), plain(slots), plain(context_lengths))
         if self.spec.batch_invariant:
-            inputs = arrange(inputs, rows=self._least_rows)
+            inputs = arrange(inputs, rows=self._least_rows, multiple=columns_of(self.backend))
         try:
             output = self.run(loaded, inputs, pool)
         except BackendError:

@@ -17,13 +17,15 @@ import numpy as np
 
 from runtime.backends.contract import Bounds, StepInputs
 from runtime.models.config import ModelConfig
-from runtime.models.layout import TILE, columns_for
+from runtime.models.layout import COLUMNS, TILE, columns_for
 
 RECIPE = "recipe"
 """The flag that names a package's recipe."""
 RECIPES = ("tile", "strict")
 TILES = {"onnxruntime": 2}
 """Backends whose attention needs less than `TILE`: ONNX Runtime's differs for one query only."""
+MULTIPLES = {"onnxruntime": 16}
+"""Backends whose sums need less than `COLUMNS`: each lane of ONNX Runtime's widest vector adds every 16th column."""
 NARROW = 1024
 """Up to so many summed columns packed linears answer one row as they answer many; wider ones need two rows."""
 
@@ -36,6 +38,11 @@ def recipe_of(flags: Mapping[str, str]) -> str:
 def tile_of(flags: Mapping[str, str], backend: str) -> int:
     """Return the tile of queries that the recipe needs on a backend."""
     return TILES.get(backend, TILE) if recipe_of(flags) == "tile" else 1
+
+
+def columns_of(backend: str) -> int:
+    """Return of what the columns are a multiple on a backend."""
+    return MULTIPLES.get(backend, COLUMNS)
 
 
 def program_bounds(bounds: Bounds) -> Bounds:
@@ -53,15 +60,15 @@ def least_rows(config: ModelConfig) -> int:
     return 1 if widest <= NARROW else 2
 
 
-def arrange(inputs: StepInputs, *, rows: int = 1) -> StepInputs:
+def arrange(inputs: StepInputs, *, rows: int = 1, multiple: int = COLUMNS) -> StepInputs:
     """Bring a call into the layout by position: slots [B,S] with a column for every cached and new token.
 
-    S becomes the smallest multiple of `COLUMNS` that holds them all; columns past a row's cached positions are not
+    S becomes the smallest multiple of `multiple` that holds them all; columns past a row's cached positions are not
     read.  A call of fewer than `rows` rows gets its only row twice.
     """
     tokens, positions, slots, lengths = inputs
     batch, count = tokens.shape
-    width = columns_for(int(lengths.max()) + count)
+    width = columns_for(int(lengths.max()) + count, multiple)
     have = slots.shape[1]
     if have != width:
         wide = np.zeros((batch, width), dtype=np.int64)

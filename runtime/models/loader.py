@@ -167,7 +167,9 @@ def build_decoder(
         )
     decoder = new_decoder(config, precision, norm=norm, tile=tile, kind=kind)
     try:
-        decoder.load_state_dict(own_projections(state, config) if kind == "resident" else state, strict=True)
+        if kind == "resident":
+            state = own_projections(state, config, in_tiles=tile is not None)
+        decoder.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise ModelRefused(f"weights do not fit config.json: {error}", fix="restore the weights") from error
     return decoder.eval().requires_grad_(False)

@@ -105,21 +105,20 @@ class ResidentBlock(Block):
     def attend_in_tiles(self, q: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor, tile: int) -> Tensor:
         """Ask q [B,T,heads*head_dim] by key head and in whole tiles; returns what has its shape.
 
-        The heads that share a key head are queries of one attention, side by side.
+        The heads that share a key head are queries of one attention, one after the other: each is the first of its
+        key head, or the second, in the order that `own_projections` gave them.
         """
-        batch, tokens, _ = q.shape
+        batch, tokens, width = q.shape
         repeats = self.heads // self.kv_heads
         count = tokens * repeats
-        asked = q.reshape(batch, tokens, self.kv_heads, repeats, self.head_dim).transpose(2, 3)
-        asked = asked.reshape(batch, count, self.kv_heads * self.head_dim)
+        asked = q.reshape(batch, count, self.kv_heads * self.head_dim)
         if repeats % tile:
             asked = asked.index_select(1, tiled(count, tile, q.device))
         answered = attend_columns(asked, keys, values, mask, self.kv_heads, self.kv_heads)
         if repeats % tile:
             # Picked by index, not sliced: a slice would make torch.export ask whether there is anything to cut.
             answered = answered.index_select(1, torch.arange(count, device=q.device))
-        answered = answered.reshape(batch, tokens, repeats, self.kv_heads, self.head_dim).transpose(2, 3)
-        return answered.reshape(batch, tokens, self.heads * self.head_dim)
+        return answered.reshape(batch, tokens, width)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """See `Block.feed_forward`."""
@@ -127,27 +126,37 @@ class ResidentBlock(Block):
         return x + self.down(functional.silu(self.gate(normed)) * self.up(normed))
 
 
-def own_projections(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Make a resident decoder's weights of those of `Decoder`: projections apart, and queries that come scaled.
+def own_projections(state: dict[str, Tensor], config: ModelConfig, *, in_tiles: bool) -> dict[str, Tensor]:
+    """Make a resident decoder's weights of those of `Decoder`.  Raises RuntimeError for weights of another shape.
 
-    ONNX Runtime packs all keys anew at every call of an attention that has to scale.  A head's 64 columns are scaled
-    by a power of two, which changes no bit; others round once.  Raises RuntimeError for weights of another shape.
+    Projections stand apart.  Queries come out scaled: ONNX Runtime packs all keys anew at every call of an attention
+    that has to scale.  (64 columns of a head are scaled by a power of two, which changes no bit; others round once.)
+    For tiles, the first heads of all key heads stand before their second ones, and so on.
     """
-    q_width, kv_width, inner = config.num_heads * config.head_dim, config.kv_width, config.intermediate_size
-    parts = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
-    widths = {"qkv": (q_width, kv_width, kv_width), "gate_up": (inner, inner)}
-    apart: dict[str, Tensor] = {}
+    made: dict[str, Tensor] = {}
+    q_width, inner, scale = config.num_heads * config.head_dim, config.intermediate_size, config.head_dim**-0.5
     for name, weight in state.items():
-        prefix, _, last = name.rpartition(".")
-        block, _, layer = prefix.rpartition(".")
-        if layer in parts:
-            pieces = weight.split(widths[layer])
-            apart |= {f"{block}.{part}.{last}": piece for part, piece in zip(parts[layer], pieces, strict=True)}
+        block, layer, kind = name.rsplit(".", 2) if name.startswith("blocks.") else ("", "", "")
+        if layer == "qkv":
+            q, k, v = weight.split((q_width, config.kv_width, config.kv_width))
+            q = q if config.qk_norm else q * scale
+            made[f"{block}.q.{kind}"] = _by_turn(q, config) if in_tiles else q
+            made |= {f"{block}.k.{kind}": k, f"{block}.v.{kind}": v}
+        elif layer == "gate_up":
+            made[f"{block}.gate.{kind}"], made[f"{block}.up.{kind}"] = weight.split((inner, inner))
+        elif layer == "query_norm":
+            made[name] = weight * scale
+        elif layer == "out" and kind == "weight" and in_tiles:
+            made[name] = _by_turn(weight.T, config).T
         else:
-            apart[name] = weight
-    scaled = ".query_norm.weight" if config.qk_norm else ".q.weight", ".q.bias"
-    scale = config.head_dim**-0.5
-    return {name: weight * scale if name.endswith(scaled) else weight for name, weight in apart.items()}
+            made[name] = weight
+    return made
+
+
+def _by_turn(rows: Tensor, config: ModelConfig) -> Tensor:
+    """Order rows [heads*head_dim,...] so that the first head of each key head comes before every second one."""
+    groups = (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
+    return rows.unflatten(0, groups).transpose(0, 1).flatten(0, 2)
 
 
 def tiled(count: int, tile: int, device: torch.device) -> Tensor:
