@@ -89,7 +89,14 @@ class InputContract:
         )
 
     def check(
-        self, token_ids: Integers, positions: Integers, slots: Integers, context_lengths: Integers, *, num_slots: int
+        self,
+        token_ids: Integers,
+        positions: Integers,
+        slots: Integers,
+        context_lengths: Integers,
+        *,
+        num_slots: int,
+        last: Integers | None = None,
     ) -> None:
         """Refuse inputs that break the contract with `InputRefused`, naming input, rule, expected and actual."""
         _check_array("token_ids", token_ids, 2)
@@ -108,6 +115,10 @@ class InputContract:
         _check_range("positions", positions, self.max_positions - 1)
         _check_range("slots", slots, num_slots - 1)
         _check_range("context_lengths", context_lengths, context)
+        if last is not None:
+            _check_array("last", last, 1)
+            _check_relation("last", last.shape, (batch,))
+            _check_range("last", last, tokens - 1)
 
 
 def refuse(name: str, rule: str, expected: object, actual: object) -> InputRefused:

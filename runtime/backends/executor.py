@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, Generic, TypeVar
 
+import numpy as np
+
 from runtime.backends.contract import InputContract, Integers, StepInputs
 from runtime.backends.errors import BackendError, BackendRefused, classify_execution
 from runtime.backends.invariant import arrange, columns_of, least_rows
@@ -24,7 +26,8 @@ class LoadedExecutor(ABC, Generic[Loaded]):
     def __init__(self, loaded: Loaded, spec: LoadSpec) -> None:
         self._loaded: Loaded | None = loaded
         self.spec = spec
-        self._least_rows = least_rows(spec.config)
+        self.least_rows = least_rows(spec.config)
+        """Fewest rows of a layer whose bits are each row's own, in a batch-invariant package."""
 
     @property
     def config(self) -> ModelConfig:
@@ -54,16 +57,26 @@ class LoadedExecutor(ABC, Generic[Loaded]):
         return self._loaded
 
     def step(
-        self, tokens: Integers, positions: Integers, slots: Integers, context_lengths: Integers, pool: KVPool
+        self,
+        tokens: Integers,
+        positions: Integers,
+        slots: Integers,
+        context_lengths: Integers,
+        pool: KVPool,
+        *,
+        last: Integers | None = None,
     ) -> StepOutput:
         """Check the inputs, then run the step; see `Executor.step`."""
         loaded = self.loaded
-        self.spec.contract.check(tokens, positions, slots, context_lengths, num_slots=pool.num_slots)
+        self.spec.contract.check(tokens, positions, slots, context_lengths, num_slots=pool.num_slots, last=last)
         inputs = (plain(tokens), plain(positions), plain(slots), plain(context_lengths))
         if self.spec.batch_invariant:
-            inputs = arrange(inputs, rows=self._least_rows, multiple=columns_of(self.backend))
+            inputs = arrange(inputs, rows=self.least_rows, multiple=columns_of(self.backend))
         try:
-            output = self.run(loaded, inputs, pool)
+            if last is None:
+                output = self.run(loaded, inputs, pool)
+            else:
+                output = self.run_last(loaded, inputs, pool, last.repeat(len(inputs[0]) // len(tokens)))
         except BackendError:
             raise
         except self.failures as error:
@@ -76,6 +89,11 @@ class LoadedExecutor(ABC, Generic[Loaded]):
     @abstractmethod
     def run(self, loaded: Loaded, inputs: StepInputs, pool: KVPool) -> StepOutput:
         """Run the step on inputs that satisfy the contract; refuse a pool of another executor with `InputRefused`."""
+
+    def run_last(self, loaded: Loaded, inputs: StepInputs, pool: KVPool, last: Integers) -> StepOutput:
+        """Run the step for one token's logits a row, last [B]; a backend that can leaves the others uncomputed."""
+        output = self.run(loaded, inputs, pool)
+        return StepOutput(output.logits[np.arange(len(last)), last][:, None], output.new_k, output.new_v)
 
     def device_memory(self) -> dict[str, int] | None:
         """Tell the bytes that the backend's own allocator holds, by name; None where it has none to ask."""

@@ -85,13 +85,20 @@ class HostedExecutor:
         return pool
 
     def step(
-        self, tokens: Integers, positions: Integers, slots: Integers, context_lengths: Integers, pool: KVPool
+        self,
+        tokens: Integers,
+        positions: Integers,
+        slots: Integers,
+        context_lengths: Integers,
+        pool: KVPool,
+        *,
+        last: Integers | None = None,
     ) -> StepOutput:
         """Check the inputs here, then run the step in the child; see `Executor.step`.
 
         Errors besides the backend's own: `HostDied`, `HostOutOfMemory`, `HostTimedOut`, `InstanceRefused`.
         """
-        self._contract.check(tokens, positions, slots, context_lengths, num_slots=pool.num_slots)
+        self._contract.check(tokens, positions, slots, context_lengths, num_slots=pool.num_slots, last=last)
         if not isinstance(pool, HostedPool) or not 0 < pool.number <= self._pools:
             raise InputRefused(
                 "step input pool: not a pool of this executor",
@@ -106,11 +113,14 @@ class HostedExecutor:
             for place, value in zip(arrays[:4], (tokens, positions, slots, context_lengths), strict=True):
                 place[...] = value
             dropped = [self._dropped.pop() for _ in range(len(self._dropped))]
-            message = {"do": "step", "shape": shape, "pool": pool.number, "dropped": dropped}
+            wanted = None if last is None else last.tolist()
+            message = {"do": "step", "shape": shape, "pool": pool.number, "dropped": dropped, "last": wanted}
             self._ask(process, message, deadline_us=self.hosting.step_deadline_us, what="step", shape=shape)
             self._steps += 1
             # Copied: the next step writes into the same memory.
-            logits, new_k, new_v = (place.copy() for place in arrays[4:])
+            answered, *new = arrays[4:]
+            logits = (answered if last is None else answered[:, :1]).copy()
+            new_k, new_v = (place.copy() for place in new)
         return StepOutput(logits, new_k, new_v)
 
     def close(self) -> None:

@@ -93,8 +93,10 @@ class Host:
             self._arena = mmap.mmap(self._arena_descriptor, os.fstat(self._arena_descriptor).st_size)
             self._views.forget()
         token_ids, positions, slots, lengths, *places = self._views.arrays(shape, self._arena)
-        output = executor.step(token_ids, positions, slots, lengths, self._pools[message["pool"]])
-        for place, value in zip(places, (output.logits, output.new_k, output.new_v), strict=True):
+        last = None if message["last"] is None else np.array(message["last"], dtype=np.int64)
+        output = executor.step(token_ids, positions, slots, lengths, self._pools[message["pool"]], last=last)
+        places[0][:, : output.logits.shape[1]] = output.logits
+        for place, value in zip(places[1:], (output.new_k, output.new_v), strict=True):
             place[...] = as_stored(value)
         return {}
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnxruntime
 
+from runtime.backends.errors import BackendRefused
 from runtime.backends.onnxruntime import MODEL, PROVIDERS, OrtExecutor, open_session, session_options
 from runtime.backends.onnxruntime_resident import ResidentOrtExecutor
 from runtime.backends.protocol import LoadSpec
@@ -24,5 +25,19 @@ def load_onnxruntime(package: Path, spec: LoadSpec) -> OrtExecutor:
 def executor_of(session: onnxruntime.InferenceSession, spec: LoadSpec) -> OrtExecutor:
     """Make the executor for the form of step that the flags name; packages without the flag are gathered ones."""
     if spec.flags.get(CONTEXT) == "resident":
+        _check_inputs(session, spec)
         return ResidentOrtExecutor(session, spec)
     return OrtExecutor(session, spec)
+
+
+def _check_inputs(session: onnxruntime.InferenceSession, spec: LoadSpec) -> None:
+    """Refuse a program from before its tables had their present shape: it would fail at its first step."""
+    found = {one.name: len(one.shape) for one in session.get_inputs()}
+    tables = {f"tables_{number}": 3 for number in range(2 * spec.config.num_layers)}
+    wanted = {"token_ids": 2, "positions": 2, "context_lengths": 1, "wanted": 3, **tables}
+    if found != wanted:
+        raise BackendRefused(
+            "the package was prepared by an earlier version, whose resident context had another form",
+            fix="prepare the model again",
+            evidence={"provider_log": f"inputs and ranks {found}, this version hands over {wanted}"},
+        )

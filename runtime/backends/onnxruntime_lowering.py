@@ -94,6 +94,7 @@ class OrtLowering(ExportedLowering):
                     custom_translation_table={
                         torch.ops.replaylab.put_columns.default: _put_columns,
                         torch.ops.replaylab.attend_columns.default: _attend_columns,
+                        torch.ops.replaylab.pick_tokens.default: _pick_tokens,
                     },
                     **names,
                 )
@@ -302,6 +303,11 @@ def _attend_columns(queries: Any, keys: Any, values: Any, mask: Any, heads: int,
     attend: Any = Opset("", OPSETS["resident"]).Attention
     answered, *_ = attend(queries, keys, values, mask, q_num_heads=heads, kv_num_heads=kv_heads, scale=1.0)
     return answered
+
+
+def _pick_tokens(x: Any, wanted: Any) -> Any:
+    """Write `resident.pick_tokens` as the operator that ONNX has for it."""
+    return Opset("", OPSETS["resident"]).GatherND(x, wanted, batch_dims=1)
 
 
 def _provider_version(name: str) -> str | dict[str, str]:

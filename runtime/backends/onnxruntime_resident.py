@@ -20,17 +20,21 @@ from runtime.models.config import ModelConfig
 
 
 class BoundStep:
-    """The leading rows of some tables, and the small inputs beside them, bound to a session."""
+    """The leading rows of some tables, and the small inputs beside them, bound to a session.
 
-    def __init__(self, session: onnxruntime.InferenceSession, *, batch: int, count: int, vocab_size: int) -> None:
+    wanted int64 [B,W,1]: the tokens of each row whose logits are computed.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, *, count: int, wanted: Integers, vocab_size: int) -> None:
         self._session = session
-        self._shape = (batch, count, vocab_size)
+        batch = len(wanted)
+        self._shape = (batch, wanted.shape[1], vocab_size)
         self._tokens, self._positions = (np.zeros((batch, count), dtype=np.int64) for _ in range(2))
         self._lengths = np.zeros(batch, dtype=np.int64)
         self._tables: list[Floats] = []
         self._binding: Any = session.io_binding()
         small = {"token_ids": self._tokens, "positions": self._positions, "context_lengths": self._lengths}
-        for name, array in small.items():
+        for name, array in (*small.items(), ("wanted", wanted)):
             self._binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
         self._bind_logits()
 
@@ -50,7 +54,7 @@ class BoundStep:
             self._binding.bind_ortvalue_output(f"filled_{number}", value)
 
     def run(self, tokens: Integers, positions: Integers, lengths: Integers) -> Floats:
-        """Run the step once; the tables are filled in place.  Returns logits [B,T,vocab]."""
+        """Run the step once; the tables are filled in place.  Returns logits [B,W,vocab]."""
         self._tokens[...], self._positions[...], self._lengths[...] = tokens, positions, lengths
         if sys.getrefcount(self._logits) > self._own_references:  # somebody holds the last answer, or a view of it
             self._bind_logits()
@@ -92,7 +96,8 @@ class ResidentOrtPool(ArrayPool):
         """Give the binding of a decode call over the resident rows."""
         found = self._bound.get(batch)
         if found is None:
-            found = self._bound[batch] = BoundStep(session, batch=batch, count=1, vocab_size=self._vocab_size)
+            wanted = np.zeros((batch, 1, 1), dtype=np.int64)
+            found = self._bound[batch] = BoundStep(session, count=1, wanted=wanted, vocab_size=self._vocab_size)
         found.bind(self.rows.tables)
         return found
 
@@ -106,6 +111,22 @@ class ResidentOrtExecutor(OrtExecutor):
 
     def run(self, loaded: onnxruntime.InferenceSession, inputs: StepInputs, pool: KVPool) -> StepOutput:
         """Bring the rows' context in place, and run the session over it."""
+        batch, count = inputs[0].shape
+        return self._run_for(loaded, inputs, pool, np.tile(np.arange(count), (batch, 1)))
+
+    def run_last(
+        self, loaded: onnxruntime.InferenceSession, inputs: StepInputs, pool: KVPool, last: Integers
+    ) -> StepOutput:
+        """See `LoadedExecutor.run_last`; a row whose bits are to be its own is not left alone in the last layer."""
+        alone = self.spec.batch_invariant and len(last) < self.least_rows
+        wanted = np.stack([last] * (self.least_rows if alone else 1), axis=1)
+        output = self._run_for(loaded, inputs, pool, wanted)
+        return StepOutput(output.logits[:, :1], output.new_k, output.new_v)
+
+    def _run_for(
+        self, loaded: onnxruntime.InferenceSession, inputs: StepInputs, pool: KVPool, wanted: Integers
+    ) -> StepOutput:
+        """Run the session for the logits of some tokens of each row, wanted [B,W]."""
         if not isinstance(pool, ResidentOrtPool) or pool.k.shape[1] != self.config.kv_width:
             raise foreign_pool(pool)
         tokens, positions, slots, lengths = inputs
@@ -114,13 +135,19 @@ class ResidentOrtExecutor(OrtExecutor):
         columns = slots.shape[1] + (0 if self.spec.batch_invariant else count)
         with pool.turn:
             if count > 1:
-                return self._run_chunks(loaded, inputs, pool, columns=columns)
+                return self._run_chunks(loaded, inputs, pool, wanted, columns=columns)
             pool.rows.prepare(slots, lengths, columns=columns)
             new = pool.rows.begin(lengths)  # before it runs: what a failing step leaves is nobody's either
             return StepOutput(pool.bound(loaded, len(tokens)).run(tokens, positions, lengths), *new)
 
     def _run_chunks(
-        self, loaded: onnxruntime.InferenceSession, inputs: StepInputs, pool: ResidentOrtPool, *, columns: int
+        self,
+        loaded: onnxruntime.InferenceSession,
+        inputs: StepInputs,
+        pool: ResidentOrtPool,
+        wanted: Integers,
+        *,
+        columns: int,
     ) -> StepOutput:
         """Run a call on tables of its own: chunks are long, and their rows seldom come again."""
         tokens, positions, slots, lengths = inputs
@@ -129,7 +156,7 @@ class ResidentOrtExecutor(OrtExecutor):
         if lengths.any():
             pool.rows.settle(slots.reshape(-1))
             tables.fill(np.arange(batch), pool, slots, lengths=lengths)
-        step = BoundStep(loaded, batch=batch, count=count, vocab_size=self.config.vocab_size)
+        step = BoundStep(loaded, count=count, wanted=wanted[..., None], vocab_size=self.config.vocab_size)
         step.bind(tables)
         logits = step.run(tokens, positions, lengths)
         return StepOutput(logits, *(behind(side, lengths, count) for side in (tables.k, tables.v)))

@@ -132,7 +132,7 @@ class StepOutput:
     """What one step computed."""
 
     logits: Floats
-    """float32 [B,T,vocab] in host memory."""
+    """float32 [B,T,vocab] in host memory; [B,1,vocab] where one token a row was asked for."""
     new_k: Any
     """The backend's own array [layers,B,T,kv width], to be handed to `KVPool.write` only."""
     new_v: Any
@@ -207,9 +207,19 @@ class Executor(Protocol):
         ...
 
     def step(
-        self, tokens: Integers, positions: Integers, slots: Integers, context_lengths: Integers, pool: KVPool
+        self,
+        tokens: Integers,
+        positions: Integers,
+        slots: Integers,
+        context_lengths: Integers,
+        pool: KVPool,
+        *,
+        last: Integers | None = None,
     ) -> StepOutput:
-        """Check the inputs, then run one step; `pool` is only read.  Errors: `BackendError` and its classes."""
+        """Check the inputs, then run one step; `pool` is only read.  Errors: `BackendError` and its classes.
+
+        last [B]: the one token of each row, counted in T, whose logits are wanted; None for those of all.
+        """
         ...
 
     def close(self) -> None:

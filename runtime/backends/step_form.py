@@ -72,21 +72,33 @@ def gathered_form(config: ModelConfig, precision: str, bounds: Bounds) -> StepFo
 
 
 def resident_form(config: ModelConfig, precision: str, bounds: Bounds) -> StepForm:
-    """Make the form with a table a layer and side: dimensions B, T and S, which has columns for the new tokens too."""
-    batch, _, context, _ = EXAMPLE
+    """Make the form with a table a layer and side: dimensions B, T and S, which has columns for the new tokens too.
+
+    W is how many tokens' logits are wanted of a row.
+    """
+    batch, tokens, context, _ = EXAMPLE
     bounds = replace(bounds, max_context=bounds.max_context + bounds.max_tokens)
     table = _numbers(batch, context, config.kv_width, dtype=PRECISIONS[precision])
     count = 2 * config.num_layers
     b, t, s = _dims(bounds)
+    w = Dim("W", min=1, max=bounds.max_tokens)
+    wanted = torch.arange(1, tokens)[None, :, None].expand(batch, tokens - 1, 1).contiguous()
     return StepForm(
-        inputs=("token_ids", "positions", "context_lengths", *(f"tables_{number}" for number in range(count))),
+        inputs=(
+            "token_ids",
+            "positions",
+            "context_lengths",
+            "wanted",
+            *(f"tables_{number}" for number in range(count)),
+        ),
         outputs=("logits", *(f"filled_{number}" for number in range(count))),
         # No two alike: torch.export takes tensors that are one object for one input.
-        example=(*_own_inputs(config), *(table.roll(number, 1) for number in range(count))),
-        dynamic_shapes=({0: b, 1: t}, {0: b, 1: t}, {0: b}, ({0: b, 1: s},) * count),
-        places={"B": ("token_ids", 0), "T": ("token_ids", 1), "S": ("tables_0", 1)},
+        example=(*_own_inputs(config), wanted, *(table.roll(number, 1) for number in range(count))),
+        dynamic_shapes=({0: b, 1: t}, {0: b, 1: t}, {0: b}, {0: b, 1: w}, ({0: b, 1: s},) * count),
+        places={"B": ("token_ids", 0), "T": ("token_ids", 1), "S": ("tables_0", 1), "W": ("wanted", 1)},
         bounds=bounds,
         layout={"tables": "keys, then values of each layer: row, position, column of all heads; filled in place"},
+        free="W",
     )
 
 

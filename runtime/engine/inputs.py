@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.engine.plan import Call
+
 Integers = NDArray[np.int64]
 
 
@@ -128,6 +130,13 @@ class SlotTables:
     def slots_of(self, index: int) -> Integers:
         """The slots of a sequence's positions; zero where it has no block yet."""
         return self._table[self._lane_of[index]]
+
+
+def last_tokens(call: Call) -> Integers:
+    """Return the last real token of each row of a padded chunk call, counted in the row; the first one of padding."""
+    last = np.zeros(call.batch, dtype=np.int64)
+    last[: len(call.counts)] = call.counts
+    return np.maximum(last - 1, 0)
 
 
 def join_writes(parts: Sequence[tuple[int, Integers]]) -> Writes:

@@ -8,7 +8,16 @@ import numpy as np
 
 from runtime.backends.protocol import Executor, Floats
 from runtime.engine.errors import AnswerNotFinite
-from runtime.engine.inputs import CallInputs, InputBuffers, Integers, SlotTables, Writes, join_writes, place_row
+from runtime.engine.inputs import (
+    CallInputs,
+    InputBuffers,
+    Integers,
+    SlotTables,
+    Writes,
+    join_writes,
+    last_tokens,
+    place_row,
+)
 from runtime.engine.plan import Call, StepPlan
 from runtime.engine.settings import Settings, pool_slots
 
@@ -51,6 +60,7 @@ class CallRunner:
         """
         rows = len(call.sequences)
         inputs = self._buffers.take(call.batch, call.tokens, call.context, rows=rows)
+        last = None
         if call.tokens == 1:
             inputs.tokens[:rows, 0] = [
                 tokens_of[index][start] for index, start in zip(call.sequences, call.starts, strict=True)
@@ -58,16 +68,15 @@ class CallRunner:
             writes = self._tables.fill_decode(inputs, sequences=call.sequences, starts=call.starts)
         else:
             writes = self._fill_chunks(inputs, call, tokens_of)
+            last = last_tokens(call)
         began = self._clock()
-        output = self._executor.step(*inputs, self._pool)
-        last = (
-            output.logits[:rows, 0] if call.tokens == 1 else output.logits[np.arange(rows), np.array(call.counts) - 1]
-        )
+        output = self._executor.step(*inputs, self._pool, last=last)
+        logits = output.logits[:rows, 0]
         # Before anything is kept: a masked key that is no number would reach whoever owns its block next.
-        if not np.isfinite(last.max(axis=1)).all():
+        if not np.isfinite(logits.max(axis=1)).all():
             raise AnswerNotFinite()
         self._pool.write(writes.slot_ids, output.new_k, output.new_v, rows=writes.rows, columns=writes.columns)
-        return last, self._clock() - began
+        return logits, self._clock() - began
 
     def _fill_chunks(self, inputs: CallInputs, call: Call, tokens_of: Mapping[int, Sequence[int]]) -> Writes:
         parts: list[tuple[int, Integers]] = []

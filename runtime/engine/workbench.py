@@ -114,7 +114,11 @@ class Workbench:
         if self._stand_ins is not None:
             self._stand_ins.fill(inputs, position)
         place_row(inputs, position, tokens=fed, start=start, slots=table.slots, last_position=self._last_position)
-        output = self._executor.step(*inputs, self._pool)
+        last = None
+        if call.tokens > 1:  # of all rows, as the call that is run again: how many are asked for reaches the bits
+            last = np.zeros(call.batch, dtype=np.int64)
+            last[position] = count - 1
+        output = self._executor.step(*inputs, self._pool, last=last)
         self._pool.write(
             table.slots[start : start + kept],
             output.new_k,
@@ -123,7 +127,7 @@ class Workbench:
             columns=np.arange(kept, dtype=np.int64),
         )
         table.length = start + kept
-        return output.logits[[position], [count - 1]]
+        return output.logits[[position], 0]
 
     def call_alone(self, start: int, remaining: int) -> Call:
         """Return the call that an idle engine would make next for a sequence with `remaining` tokens to compute."""

@@ -55,6 +55,17 @@ def _(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, heads: int, k
     return torch.empty_like(queries)
 
 
+@torch.library.custom_op("replaylab::pick_tokens", mutates_args=())
+def pick_tokens(x: Tensor, wanted: Tensor) -> Tensor:
+    """Pick tokens wanted [B,W,1] of each row of x [B,T,width]; returns [B,W,width]."""
+    return x.gather(1, wanted.expand(-1, -1, x.shape[2]))
+
+
+@pick_tokens.register_fake
+def _(x: Tensor, wanted: Tensor) -> Tensor:
+    return x.new_empty(wanted.shape[0], wanted.shape[1], x.shape[2])
+
+
 class ResidentBlock(Block):
     """One layer over tables whose columns are positions.
 
@@ -180,14 +191,15 @@ class ResidentDecoder(Decoder):
         self.inverse_frequency = self.inverse_frequency.to(torch.float32)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, token_ids: Tensor, positions: Tensor, context_lengths: Tensor, *tables: Tensor
+        self, token_ids: Tensor, positions: Tensor, context_lengths: Tensor, wanted: Tensor, *tables: Tensor
     ) -> tuple[Tensor, ...]:
         """Run one step.
 
         token_ids, positions int64 [B,T], context_lengths int64 [B] with context_lengths[b] + T <= S.
+        wanted int64 [B,W,1]: the tokens, counted in T, whose logits are wanted.
         tables [B,S,kv_heads*head_dim]: keys, then values of layer 0, of layer 1, ...; what stands in a row's columns
         from context_lengths[b] on is overwritten or not read, but must be numbers.
-        Returns logits float32 [B,T,vocab], then the tables with the new columns.
+        Returns logits float32 [B,W,vocab], then the tables with the new columns.
         """
         x = self.embed(token_ids)
         angle = positions[..., None].to(torch.float32) * self.inverse_frequency
@@ -199,7 +211,7 @@ class ResidentDecoder(Decoder):
                 x, angles, (tables[2 * index], tables[2 * index + 1]), context_lengths, mask=mask, tile=self.tile
             )
             filled += [keys, values]
-        return self.head(self.norm(x)).to(torch.float32), *filled
+        return self.head(self.norm(pick_tokens(x, wanted))).to(torch.float32), *filled
 
     def mask(self, token_ids: Tensor, context_lengths: Tensor, *, columns: int) -> Tensor:
         """Say which columns a query sees: its own position's and all before it, bool [B,1,T or queries,S]."""

@@ -37,14 +37,13 @@ class FreeExecutor(ToyExecutor):
         self._row = np.random.default_rng(0).standard_normal((1, 1, self.vocab_size)).astype(np.float32)
         self._answers = {size: np.repeat(self._row, size, axis=0) for size in SCHEDULING.batch_sizes}
 
-    def step(self, tokens: Any, positions: Any, slots: Any, context_lengths: Any, pool: Any) -> StepOutput:
+    def step(
+        self, tokens: Any, positions: Any, slots: Any, context_lengths: Any, pool: Any, *, last: Any = None
+    ) -> StepOutput:
         """The same logits for every row."""
         batch, width = tokens.shape
         keys = np.zeros((1, batch, width, WIDTH), dtype=np.float32)
-        answer = self._answers[batch]
-        return StepOutput(
-            answer if width == 1 else np.broadcast_to(answer, (batch, width, self.vocab_size)), keys, keys
-        )
+        return StepOutput(self._answers[batch], keys, keys)
 
 
 class NoRecorder:

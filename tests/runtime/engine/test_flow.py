@@ -150,11 +150,11 @@ class GatedExecutor(ToyExecutor):
         self.gate = threading.Semaphore(0)
         self.at_gate = threading.Event()
 
-    def step(self, *arguments: Any) -> Any:
+    def step(self, *arguments: Any, **more: Any) -> Any:
         """Wait for leave."""
         self.at_gate.set()
         assert self.gate.acquire(timeout=60)
-        return super().step(*arguments)
+        return super().step(*arguments, **more)
 
     def allow(self, calls: int) -> None:
         """Let so many calls through, and wait until the engine stands before the next."""

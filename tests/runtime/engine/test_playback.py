@@ -74,10 +74,10 @@ class Spy:
         self._executor = executor
         self.fed: set[int] = set()
 
-    def step(self, tokens: Any, *rest: Any) -> Any:
+    def step(self, tokens: Any, *rest: Any, **more: Any) -> Any:
         """Look, then run."""
         self.fed.update(np.unique(tokens).tolist())
-        return self._executor.step(tokens, *rest)
+        return self._executor.step(tokens, *rest, **more)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._executor, name)

@@ -71,9 +71,11 @@ class ToyExecutor:
         """Zeroed."""
         return ToyPool(num_slots)
 
-    def step(self, tokens: Any, positions: Any, slots: Any, context_lengths: Any, pool: ToyPool) -> StepOutput:
+    def step(
+        self, tokens: Any, positions: Any, slots: Any, context_lengths: Any, pool: ToyPool, *, last: Any = None
+    ) -> StepOutput:
         """Run one functional step."""
-        self.contract.check(tokens, positions, slots, context_lengths, num_slots=pool.num_slots)
+        self.contract.check(tokens, positions, slots, context_lengths, num_slots=pool.num_slots, last=last)
         if self.fail_on is not None and (tokens == self.fail_on).any():
             raise RuntimeError("planted failure")
         self.calls += 1
@@ -88,6 +90,8 @@ class ToyExecutor:
             keys[np.cumsum(tokens == self.spoil_on, axis=1) > 0] = np.nan
             state = np.cumsum(keys, axis=1, dtype=np.float32) + past[:, None]
         new = (keys + np.float32(0.01) * np.tanh(state)).astype(np.float32)
+        if last is not None:
+            state = state[np.arange(batch), last][:, None]
         logits = (np.tanh(state * scale) @ self.head).astype(np.float32)
         return StepOutput(logits, new[None], new[None])
 

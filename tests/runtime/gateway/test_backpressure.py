@@ -44,11 +44,11 @@ class PausingExecutor(ToyExecutor):
 
     pause_s = 0.0
 
-    def step(self, *arguments: Any) -> Any:
+    def step(self, *arguments: Any, **more: Any) -> Any:
         """Wait a little."""
         if self.pause_s:
             time.sleep(self.pause_s)
-        return super().step(*arguments)
+        return super().step(*arguments, **more)
 
 
 @dataclass

@@ -126,6 +126,30 @@ def test_strided_and_read_only_inputs_give_the_same_bits(executors: Callable[[st
 
 
 @pytest.mark.parametrize("name", [*(backend.name for backend in BACKENDS), "hosted"])
+def test_one_tokens_logits_a_row_are_those_of_all(executors: Callable[[str], Any], name: str) -> None:
+    """Keys and values are all there either way; a place outside the row is refused."""
+    executor = executors(name)
+    pool, inputs = executor.new_pool(SLOTS), good(executor)
+    batch, count = inputs["token_ids"].shape
+    whole = executor.step(*inputs.values(), pool)
+    last = np.arange(batch) % count
+    picked = executor.step(*inputs.values(), pool, last=last)
+    assert picked.logits.shape == (batch, 1, executor.config.vocab_size)
+    np.testing.assert_allclose(picked.logits[:, 0], np.array(whole.logits)[np.arange(batch), last], atol=2e-5)
+    slots, columns = np.arange(batch * count), np.tile(np.arange(count), batch)
+    kept: list[Any] = []
+    for asked in (None, last):
+        fresh = executor.new_pool(SLOTS)
+        output = executor.step(*inputs.values(), fresh, last=asked)
+        fresh.write(slots, output.new_k, output.new_v, rows=np.repeat(np.arange(batch), count), columns=columns)
+        kept.append(fresh.read(slots))
+    np.testing.assert_array_equal(kept[0], kept[1])
+    for wrong in (last + count, last - count, last[:-1], last.astype(np.int32)):
+        with pytest.raises(InputRefused, match="last"):
+            executor.step(*inputs.values(), pool, last=wrong)
+
+
+@pytest.mark.parametrize("name", [*(backend.name for backend in BACKENDS), "hosted"])
 def test_a_foreign_pool_is_refused(executors: Callable[[str], Any], name: str) -> None:
     """A pool of other numbers, width or depth would be read as foreign memory."""
     executor = executors(name)

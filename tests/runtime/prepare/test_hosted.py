@@ -265,13 +265,13 @@ class Poisoned:
     def __init__(self, executor: HostedExecutor) -> None:
         self._executor = executor
 
-    def step(self, tokens: Any, positions: Any, *rest: Any) -> Any:
+    def step(self, tokens: Any, positions: Any, *rest: Any, **more: Any) -> Any:
         if positions.shape[1] != 1 or not (positions == POISON).any():
-            return self._executor.step(tokens, positions, *rest)
+            return self._executor.step(tokens, positions, *rest, **more)
         if self._executor.pid is None:  # lost in the call before this one
             small_step(self._executor, self._executor.new_pool(2))
         with killed_during(self._executor, signal.SIGSEGV):
-            return self._executor.step(tokens, positions, *rest)
+            return self._executor.step(tokens, positions, *rest, **more)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._executor, name)

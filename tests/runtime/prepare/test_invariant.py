@@ -152,6 +152,22 @@ def test_no_composition_reaches_a_rows_bits(
 
 
 @pytest.mark.parametrize(("backend", "precision"), QUICK)
+def test_a_rows_last_logits_have_the_bits_that_they_have_among_all(
+    loaded: Loader, backend: str, precision: str
+) -> None:
+    executor = loaded(backend, precision).executor
+    pool, draw = executor.new_pool(8), np.random.default_rng(5)
+    for batch, count in ((1, 2), (1, 17), (2, 5), (7, 9)):
+        tokens = draw.integers(0, executor.config.vocab_size, (batch, count))
+        none = np.zeros(batch, dtype=np.int64)
+        inputs = (tokens, np.tile(np.arange(count), (batch, 1)), none[:, None].copy(), none)
+        whole = np.array(executor.step(*inputs, pool).logits)
+        last = draw.integers(0, count, batch)
+        picked = executor.step(*inputs, pool, last=last).logits
+        np.testing.assert_array_equal(picked[:, 0], whole[np.arange(batch), last])
+
+
+@pytest.mark.parametrize(("backend", "precision"), QUICK)
 def test_the_same_compositions_reach_the_bits_without_the_recipe(
     sessions: Callable[..., Sessions], backend: str, precision: str
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from runtime.backends.errors import BackendRefused
 from runtime.backends.hosted_process import Hosting
+from runtime.backends.onnxruntime_loader import executor_of
 from runtime.backends.protocol import BuildOptions
 from runtime.models.random_checkpoint import random_checkpoint
 from runtime.prepare.load import load_package
@@ -148,8 +151,13 @@ def test_both_forms_of_the_step_agree(
 ) -> None:
     options = BuildOptions(bounds=BOUNDS, flags={"context": "gathered"})
     gathered = prepare(model_folder, backend="onnxruntime", store=store, options=options)
-    models = [load_package(store, package.digest) for package in (gathered, prepared("onnxruntime", "float32"))]
+    models: list[Any] = [
+        load_package(store, package.digest) for package in (gathered, prepared("onnxruntime", "float32"))
+    ]
     assert [model.compiler.flags["context"] for model in models] == ["gathered", "resident"]
+    spec = replace(models[0].executor.spec, flags={"context": "resident"})
+    with pytest.raises(BackendRefused, match="earlier version"):
+        executor_of(models[0].executor.loaded, spec)
     sessions = [Session(model.executor) for model in models]
     for count in (4, 1, 1, 3, 1):
         outputs = [session.call([0, 1, 2], count) for session in sessions]
