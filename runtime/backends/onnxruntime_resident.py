@@ -15,7 +15,7 @@ from runtime.backends.executor import StepInputs
 from runtime.backends.onnxruntime import OrtExecutor
 from runtime.backends.pool import ArrayPool, check_selection, foreign_pool
 from runtime.backends.protocol import Floats, KVPool, StepOutput
-from runtime.backends.resident import ResidentRows, Tables, behind
+from runtime.backends.resident import NewColumns, ResidentRows, Tables
 from runtime.models.config import ModelConfig
 
 
@@ -84,7 +84,12 @@ class ResidentOrtPool(ArrayPool):
         with self.turn:
             if not self.rows.keep(slot_ids, new_k, new_v, rows):
                 self.rows.overwritten(slot_ids)
-                super().write(slot_ids, np.asarray(new_k), np.asarray(new_v), rows=rows, columns=columns)
+                if isinstance(new_k, NewColumns) and isinstance(new_v, NewColumns):
+                    stored = self.layers()
+                    new_k.put(rows, columns, stored[::2], slot_ids)
+                    new_v.put(rows, columns, stored[1::2], slot_ids)
+                else:
+                    super().write(slot_ids, new_k, new_v, rows=rows, columns=columns)
 
     def read(self, slot_ids: Integers) -> tuple[Floats, Floats]:
         """See `KVPool.read`."""
@@ -159,4 +164,4 @@ class ResidentOrtExecutor(OrtExecutor):
         step = BoundStep(loaded, count=count, wanted=wanted[..., None], vocab_size=self.config.vocab_size)
         step.bind(tables)
         logits = step.run(tokens, positions, lengths)
-        return StepOutput(logits, *(behind(side, lengths, count) for side in (tables.k, tables.v)))
+        return StepOutput(logits, *(NewColumns(side, lengths.copy(), count=count) for side in (tables.k, tables.v)))

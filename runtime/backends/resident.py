@@ -59,9 +59,7 @@ class Tables:
 
     def store(self, rows: Integers, columns: Integers, pool: ArrayPool, slots: Integers) -> None:
         """Write column columns[n] of row rows[n] into slot slots[n] of the pool."""
-        places = rows * self.columns + columns
-        for table, stored in zip(self.all, pool.layers(), strict=True):
-            stored[slots] = table.reshape(-1, self.width).take(places, axis=0)
+        copy_columns(self.all, rows, columns, pool.layers(), slots)
 
     def clear(self, rows: Integers, columns: Integers) -> None:
         """Put zeros into one column of each of some rows: even what is masked must be numbers."""
@@ -88,34 +86,46 @@ class Tables:
         return memory[: self.rows * self.columns].reshape(self.rows, self.columns, self.width)
 
 
-def behind(side: Sequence[Floats], starts: Integers, count: int) -> Floats:
-    """Copy out `count` columns of each row from its start on, [layers,B,count,kv width]."""
-    rows, columns = np.arange(len(starts))[:, None], starts[:, None] + np.arange(count)
-    return np.stack([table[rows, columns] for table in side])
+def copy_columns(
+    tables: Sequence[Floats], rows: Integers, columns: Integers, stored: Sequence[Floats], slots: Integers
+) -> None:
+    """Copy column columns[n] of row rows[n] of each table [rows,columns,width] into slot slots[n] of a stored one."""
+    for table, target in zip(tables, stored, strict=True):
+        target[slots] = table.reshape(-1, table.shape[2]).take(rows * table.shape[1] + columns, axis=0)
 
 
 class NewColumns:
-    """Keys or values [layers,B,1,kv width] that a decode step put behind its rows' context, where they stand.
+    """Keys or values [layers,B,T,kv width] that a step put behind its rows' context, where they stand.
 
     They are there until the next step over the same tables; `numpy` copies them out.
     """
 
     dtype = np.dtype(np.float32)
 
-    def __init__(self, side: Sequence[Floats], starts: Integers) -> None:
-        self.shape = (len(side), len(starts), 1, side[0].shape[2])
-        self._side: Sequence[Floats] | None = side
+    def __init__(self, side: Sequence[Floats], starts: Integers, *, count: int = 1) -> None:
+        self.shape = (len(side), len(starts), count, side[0].shape[2])
+        self._tables: Sequence[Floats] | None = side
         self._starts = starts
 
+    def put(self, rows: Integers, columns: Integers, stored: Sequence[Floats], slots: Integers) -> None:
+        """Copy token (rows[n], columns[n]) into slot slots[n] of each layer's stored table [slots,kv width]."""
+        copy_columns(self._side, rows, self._starts[rows] + columns, stored, slots)
+
     def numpy(self) -> Floats:
-        """Copy them out; InputRefused when the next step has begun."""
-        if self._side is None:
+        """Copy them out."""
+        rows, columns = np.arange(len(self._starts))[:, None], self._starts[:, None] + np.arange(self.shape[2])
+        return np.stack([table[rows, columns] for table in self._side])
+
+    @property
+    def _side(self) -> Sequence[Floats]:
+        """The tables; InputRefused when the next step over them has begun."""
+        if self._tables is None:
             raise InputRefused(
                 "the keys and values of this step stand no more where it put them",
                 fix="write them into the pool before the next step",
                 evidence={"guard": "one step at a time over a pool"},
             )
-        return behind(self._side, self._starts, 1)
+        return self._tables
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return self.numpy().astype(dtype or self.dtype, copy=False)
@@ -125,7 +135,7 @@ class NewColumns:
 
     def end(self) -> None:
         """Say that the next step begins."""
-        self._side = None
+        self._tables = None
 
 
 class _Pending(NamedTuple):
