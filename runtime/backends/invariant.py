@@ -68,7 +68,7 @@ def arrange(inputs: StepInputs, *, rows: int = 1, multiple: int = COLUMNS) -> St
     """
     tokens, positions, slots, lengths = inputs
     batch, count = tokens.shape
-    width = columns_for(int(lengths.max()) + count, multiple)
+    width = -(-(int(lengths.max()) + count) // multiple) * multiple
     have = slots.shape[1]
     if have != width:
         wide = np.zeros((batch, width), dtype=np.int64)

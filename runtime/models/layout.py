@@ -6,6 +6,6 @@ TILE = 16
 """Queries of one attention call are a multiple of this: one query alone takes another kernel than many."""
 
 
-def columns_for(positions: int, multiple: int = COLUMNS) -> int:
+def columns_for(positions: int) -> int:
     """Return the gathered columns that hold so many positions."""
-    return -(-positions // multiple) * multiple
+    return -(-positions // COLUMNS) * COLUMNS
