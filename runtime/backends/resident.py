@@ -73,14 +73,14 @@ class Tables:
         cost more than what is copied into them.  Room for as much again costs nothing until it is used.
         """
         before, kept = self.all, min(columns, self.columns)
-        self.all, self.rows, self.columns = [], rows, columns
-        for number, table in enumerate(before):
-            if len(self._spare) < rows * columns:
-                self._spare = aligned_zeros(2 * rows * columns, self.width)
-            self._memory[number], self._spare = self._spare, self._memory[number]
-            laid_out = self._shaped(self._memory[number])
+        if len(self._spare) < rows * columns:
+            *memory, spare = (aligned_zeros(2 * rows * columns, self.width) for _ in range(len(before) + 1))
+        else:
+            memory, spare = [self._spare, *self._memory[:-1]], self._memory[-1]
+        self.rows, self.columns, self._memory, self._spare = rows, columns, memory, spare
+        self.all = [self._shaped(one) for one in memory]
+        for table, laid_out in zip(before, self.all, strict=True):
             laid_out[: len(table), :kept] = table[:, :kept]
-            self.all.append(laid_out)
 
     def _shaped(self, memory: Floats) -> Floats:
         return memory[: self.rows * self.columns].reshape(self.rows, self.columns, self.width)
