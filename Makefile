@@ -4,6 +4,7 @@ BIN := .venv/bin
 export PYTHONWARNINGS ?=
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
+export ORT_DISABLE_TELEMETRY := 1
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export OMP_NUM_THREADS ?= 1

@@ -262,7 +262,12 @@ def _run(words: list[str], *, seconds: int) -> tuple[int | None, str]:
     """Run a command in a session of its own; the code is None when it was ended at its deadline."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
         process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "ORT_DISABLE_TELEMETRY": "1"},  # what is tried out may be ONNX Runtime
         )
         try:
             code: int | None = process.wait(seconds)

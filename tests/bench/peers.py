@@ -65,6 +65,7 @@ class Peer:
             "OMP_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
+            "ORT_DISABLE_TELEMETRY": "1",
             "TOKENIZERS_PARALLELISM": "0",
         }
         search = os.pathsep.join([str(Path.cwd()), *map(str, paths)])
