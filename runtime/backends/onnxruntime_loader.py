@@ -10,6 +10,7 @@ from runtime.backends.errors import BackendRefused
 from runtime.backends.onnxruntime import MODEL, PROVIDERS, OrtExecutor, open_session, session_options
 from runtime.backends.onnxruntime_resident import ResidentOrtExecutor
 from runtime.backends.protocol import LoadSpec
+from runtime.backends.step_form import resident_form
 
 CONTEXT = "context"
 """The flag that names the form of the step: see `step_form`."""
@@ -32,9 +33,9 @@ def executor_of(session: onnxruntime.InferenceSession, spec: LoadSpec) -> OrtExe
 
 def _check_inputs(session: onnxruntime.InferenceSession, spec: LoadSpec) -> None:
     """Refuse a program from before its tables had their present shape: it would fail at its first step."""
+    form = resident_form(spec.config, "float32", spec.contract.bounds)
     found = {one.name: len(one.shape) for one in session.get_inputs()}
-    tables = {f"tables_{number}": 3 for number in range(2 * spec.config.num_layers)}
-    wanted = {"token_ids": 2, "positions": 2, "context_lengths": 1, "wanted": 3, **tables}
+    wanted = {name: value.dim() for name, value in zip(form.inputs, form.example, strict=True)}
     if found != wanted:
         raise BackendRefused(
             "the package was prepared by an earlier version, whose resident context had another form",

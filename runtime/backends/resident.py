@@ -217,15 +217,14 @@ class ResidentRows:
         places = pending.starts[rows]
         if not (self._filled[rows] == places).all():  # this very write changed the context of one of them
             return False
-        longer = places + 1
         self._slots[rows, places] = slot_ids
-        self._filled[rows] = longer
+        self._filled[rows] = places + 1
         self._states[slot_ids] = UNSTORED
         self._unstored = True
-        if len(rows) == len(pending.starts):
-            self._all_kept = True
-            if self._owns(rows, places, slot_ids):
-                self._foreseen = longer.tobytes()
+        longer = (pending.starts + 1).tobytes()
+        self._all_kept = self._filled[: len(pending.starts)].tobytes() == longer
+        if self._all_kept and len(rows) == len(pending.starts) and self._owns(rows, places, slot_ids):
+            self._foreseen = longer
         return True
 
     def _owns(self, rows: Integers, places: Integers, slot_ids: Integers) -> bool:

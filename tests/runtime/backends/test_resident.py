@@ -141,3 +141,19 @@ def test_what_is_kept_in_another_slot_than_the_calls_own_is_read_again() -> None
     machine = ResidentRowsMachine()
     machine.decode([1], np.array(TABLES), set(), set(), width=CONTEXT + 2, elsewhere=True)
     machine.decode([2], np.array(TABLES), set(), set(), width=CONTEXT + 2, elsewhere=False)
+
+
+def test_the_next_call_is_foreseen_row_by_row_in_whatever_order_rows_are_kept() -> None:
+    pool = ResidentOrtPool(CONFIG, SLOTS)
+    slots = np.arange(SLOTS).reshape(2, CONTEXT)
+    values = np.arange(2 * SLOTS * CONFIG.kv_width, dtype=np.float32).reshape(2, 1, SLOTS, CONFIG.kv_width)
+    every = np.arange(SLOTS)
+    pool.write(every, values, -values, rows=np.zeros(SLOTS, dtype=np.int64), columns=every)
+    starts, order = np.array([2, 4]), np.array([1, 0])
+    pool.rows.prepare(slots, starts, columns=CONTEXT + 2)
+    new_k, new_v = pool.rows.begin(starts)
+    pool.write(slots[order, starts[order]], new_k, new_v, rows=order, columns=np.zeros(2, dtype=np.int64))
+    swapped = np.array([5, 3])  # as long as the rows are now, the other way round
+    found = pool.rows.prepare(slots, swapped, columns=CONTEXT + 2)
+    expected = pool.read(slots[0, :5])[0]
+    np.testing.assert_array_equal([table[0, :5] for table in found.k], expected)
