@@ -19,12 +19,13 @@ from onnxscript.values import Opset
 from runtime.backends import onnx_graph
 from runtime.backends import program as programs
 from runtime.backends.contract import InputContract
-from runtime.backends.errors import BuildFailed
+from runtime.backends.errors import BackendRefused, BuildFailed
 from runtime.backends.fixture import require_within
 from runtime.backends.lowering import ExportedLowering, target, unknown
 from runtime.backends.one_shot import OneShotSpec
 from runtime.backends.onnx_transfers import copy_estimate, sized_edges
 from runtime.backends.onnxruntime import MODEL, PROVIDERS, SETTINGS, OrtExecutor, open_session, session_options
+from runtime.backends.onnxruntime_blocks import REQUIRED_ISA, block_products, has_blocks
 from runtime.backends.onnxruntime_loader import CONTEXT, executor_of
 from runtime.backends.onnxruntime_one_shot import OrtOneShot
 from runtime.backends.onnxruntime_passes import DISABLED, Rewriting
@@ -44,6 +45,8 @@ OPSETS = {"gathered": 23, "resident": 24}
 opset 18; 24 the first that can put columns into a table in place."""
 ONE_SHOT_OPSET = 20
 """Of programs that are not ours: in opset 23, ONNX Runtime refuses an attention mask that has to be broadcast."""
+PRODUCTS = "products"
+"""The flag that says whether large matrix products run in blocks: see `onnxruntime_blocks`."""
 DEFAULT_LEVEL = "extended"
 """The highest level whose result does not depend on this machine's layout preferences."""
 
@@ -55,12 +58,25 @@ class OrtLowering(ExportedLowering):
     _model: onnx.ModelProto
     _optimized: Path
     _passes: tuple[str, ...] = ()
+    _blocked = 0
 
     def __init__(self, model_folder: Path, work: Path, options: BuildOptions, *, versions: Mapping[str, str]) -> None:
         super().__init__(model_folder, work, options, versions=versions)
         self.context = options.flags.get(CONTEXT, "resident")
         if self.context == "resident":
             self.step_kind, self.make_form = "resident", resident_form
+        self.products = options.flags.get(PRODUCTS) or self._default_products
+        if self.products == "blocked" and not has_blocks():
+            raise BackendRefused(
+                "matrix products in blocks need a processor with AVX-512, which this one lacks",
+                fix="prepare with the flag products=plain",
+                evidence={"operator_details": f"{PRODUCTS}=blocked", "target": target()},
+            )
+
+    @property
+    def _default_products(self) -> str:
+        chosen = self.options.optimization == "default" and self.context == "resident"
+        return "blocked" if chosen and has_blocks() else "plain"
 
     @property
     def level(self) -> str:
@@ -159,17 +175,23 @@ class OrtLowering(ExportedLowering):
         source.write_bytes(captured.SerializeToString(deterministic=True))
         ran = self._rewriting.rewrite(source, self._optimized)
         spent = (time.perf_counter_ns() - start) // 1000
-        rewritten = [f"quantize {DESCRIPTION}"] if quantized else []
-        self._passes = (*rewritten, *ran.names)
         after = onnx.load(str(self._optimized))
+        if self.step_program and self.products == "blocked":
+            self._blocked = block_products(after)
+            self._optimized.write_bytes(after.SerializeToString(deterministic=True))
+        quantization = [f"quantize {DESCRIPTION}"] if quantized else []
+        blocking = ["block products"] if self._blocked else []
+        self._passes = (*quantization, *ran.names, *blocking)
+        changed = {*quantization, *ran.changed, *blocking}
         self._check_dimensions(after, stage="a04")
         comparison = self.compare(self._executor(PROVIDERS))
         require_within(comparison, stage="a04")
         record = {
-            "pass_list": [{"name": name, "changed": name in {*ran.changed, *rewritten}} for name in self._passes],
+            "pass_list": [{"name": name, "changed": name in changed} for name in self._passes],
             "graph_before": {"nodes": len(self._model.graph.node)},
             "graph_after": {
                 "nodes": len(after.graph.node),
+                **({"products_in_blocks": self._blocked} if self._blocked else {}),
                 **({"int8_layers": quantized.layers, "float32_products": quantized.kept} if quantized else {}),
                 "by_level": self._rewriting.nodes_by_level(source, self.work),
                 "operators": dict(sorted(Counter(node.op_type for node in after.graph.node).items())),
@@ -233,13 +255,15 @@ class OrtLowering(ExportedLowering):
         """Session settings are flags: one of them alone can change how kernels depend on the batch."""
         base = self.base_compiler()
         flags = {name: value for name, value in base["flags"].items() if name not in FLAGS}
+        decoder = {} if self.one_shot() else {CONTEXT: self.context, PRODUCTS: self.products}
         return {
             **base,
             "backend_version": self.versions["onnxruntime"],
             "exporter": "torch.onnx (dynamo)",
             "optimization_level": self.level,
             "passes": self._passes,
-            "flags": {**flags, **({} if self.one_shot() else {CONTEXT: self.context}), **self.settings},
+            "flags": {**flags, **decoder, **self.settings},
+            **({"required_isa": REQUIRED_ISA} if self._blocked else {}),
             "execution_providers": self.providers,
         }
 

@@ -240,6 +240,7 @@ ONNXRUNTIME = InstalledBackend(
         "cpu_arena": ("0", "1"),
         "disable_optimizers": NAMES,
         "context": ("resident", "gathered"),
+        "products": ("blocked", "plain"),
         RECIPE: ("tile",),
     },
     providers=("CPUExecutionProvider",),
