@@ -65,18 +65,15 @@ class OrtLowering(ExportedLowering):
         self.context = options.flags.get(CONTEXT, "resident")
         if self.context == "resident":
             self.step_kind, self.make_form = "resident", resident_form
-        self.products = options.flags.get(PRODUCTS) or self._default_products
-        if self.products == "blocked" and not has_blocks():
+        able = has_blocks()
+        default = "blocked" if able and self.context == "resident" else "plain"
+        self.products = options.flags.get(PRODUCTS, default)
+        if self.products == "blocked" and not able:
             raise BackendRefused(
                 "matrix products in blocks need a processor with AVX-512, which this one lacks",
                 fix="prepare with the flag products=plain",
                 evidence={"operator_details": f"{PRODUCTS}=blocked", "target": target()},
             )
-
-    @property
-    def _default_products(self) -> str:
-        chosen = self.options.optimization == "default" and self.context == "resident"
-        return "blocked" if chosen and has_blocks() else "plain"
 
     @property
     def level(self) -> str:
@@ -176,7 +173,7 @@ class OrtLowering(ExportedLowering):
         ran = self._rewriting.rewrite(source, self._optimized)
         spent = (time.perf_counter_ns() - start) // 1000
         after = onnx.load(str(self._optimized))
-        if self.step_program and self.products == "blocked":
+        if self.products == "blocked" and self.one_shot() is None:
             self._blocked = block_products(after)
             self._optimized.write_bytes(after.SerializeToString(deterministic=True))
         quantization = [f"quantize {DESCRIPTION}"] if quantized else []

@@ -31,6 +31,7 @@ each choice is a pin of the package, and of a replay (replay run ID --set PIN=VA
   optimization     --optimization basic            --set compiler.optimization_level=basic
   passes left out  --flag disable_optimizers=MatMulAddFusion;GeluFusion
                                                    --set compiler.flags.disable_optimizers=MatMulAddFusion
+  product layout   --flag products=plain           --set compiler.flags.products=plain
   precision        --precision bfloat16            --set compiler.precision=bfloat16
   memory plan      --flag memory_pattern=1         --set compiler.flags.memory_pattern=1
   vector length    --flag simdlen=256              --set compiler.flags.simdlen=256

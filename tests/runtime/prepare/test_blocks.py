@@ -70,11 +70,16 @@ def test_large_products_run_in_blocks_by_default_and_answer_as_plain_ones(made: 
 
 
 @needs_blocks
-@pytest.mark.parametrize("flags", [{}, {"products": "blocked"}])
-def test_an_optimization_level_by_name_means_the_library_alone(made: Prepare, flags: dict[str, str]) -> None:
-    package = made(optimization="extended", flags=flags)
-    assert package.manifest.compiler.flags["products"] == ("blocked" if flags else "plain")
-    assert ("block products" in changed_by(package)) == bool(flags)
+@pytest.mark.parametrize(
+    ("changes", "products"),
+    [({"optimization": "disable"}, "blocked"), ({"flags": {"context": "gathered"}}, "plain")],
+)
+def test_the_level_says_nothing_of_products_and_the_other_form_has_plain_ones(
+    made: Prepare, changes: dict[str, Any], products: str
+) -> None:
+    package = made(**changes)
+    assert package.manifest.compiler.flags["products"] == products
+    assert ("block products" in changed_by(package)) == (products == "blocked")
 
 
 @needs_blocks
