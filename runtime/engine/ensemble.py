@@ -103,7 +103,7 @@ class Ensemble:
             one.sequence: _padded([] if member is None else member.tokens, one.start + one.count)
             for _, member, one in live
         }
-        logits, _ = self._runner.execute(call, tokens_of)
+        logits, *_ = self._runner.execute(call, tokens_of)
         self.calls += 1
         for _, member, _ in taking:
             member.steps.append(step)

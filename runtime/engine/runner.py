@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
 from runtime.backends.protocol import Executor, Floats
-from runtime.engine.errors import AnswerNotFinite
 from runtime.engine.inputs import (
     CallInputs,
     InputBuffers,
@@ -19,6 +16,7 @@ from runtime.engine.inputs import (
     place_row,
 )
 from runtime.engine.plan import Call, StepPlan
+from runtime.engine.sampling import Peaks, find_peaks
 from runtime.engine.settings import Settings, pool_slots
 
 
@@ -51,12 +49,12 @@ class CallRunner:
         """Forget a sequence that ended."""
         self._tables.drop(index)
 
-    def execute(self, call: Call, tokens_of: Mapping[int, Sequence[int]]) -> tuple[Floats, int]:
+    def execute(self, call: Call, tokens_of: Mapping[int, Sequence[int]]) -> tuple[Floats, Peaks, int]:
         """Run one call and put its keys and values into the pool.
 
         tokens_of: all known tokens of each sequence in the call.  Returns the logits of each real row's last token,
-        float32 [rows, vocabulary], and the microseconds that executor and pool took.  `AnswerNotFinite` where a row's
-        are no numbers; nothing of the call is kept then.
+        float32 [rows, vocabulary], their peaks, and the microseconds that executor and pool took.  `AnswerNotFinite`
+        where a row's are no numbers; nothing of the call is kept then.
         """
         rows = len(call.sequences)
         inputs = self._buffers.take(call.batch, call.tokens, call.context, rows=rows)
@@ -73,10 +71,9 @@ class CallRunner:
         output = self._executor.step(*inputs, self._pool, last=last)
         logits = output.logits[:rows, 0]
         # Before anything is kept: a masked key that is no number would reach whoever owns its block next.
-        if not np.isfinite(logits.max(axis=1)).all():
-            raise AnswerNotFinite()
+        peaks = find_peaks(logits)
         self._pool.write(writes.slot_ids, output.new_k, output.new_v, rows=writes.rows, columns=writes.columns)
-        return logits, self._clock() - began
+        return logits, peaks, self._clock() - began
 
     def _fill_chunks(self, inputs: CallInputs, call: Call, tokens_of: Mapping[int, Sequence[int]]) -> Writes:
         parts: list[tuple[int, Integers]] = []

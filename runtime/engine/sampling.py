@@ -3,8 +3,8 @@
 The draw for output token i is `splitmix64(stream base + (i + 1) * golden ratio)` in unsigned 64-bit arithmetic, its top
 53 bits read as a fraction in [0, 1); the base mixes seed and stream name (Steele, Lea and Flood, "Fast splittable
 pseudorandom number generators", 2014).  The token is the inverse of the cumulative distribution in vocabulary order,
-weights in float32
-summed in float64.  So batch order, neighbours and preemptions cannot move a draw.
+weights in float32 summed in
+float64.  So batch order, neighbours and preemptions cannot move a draw.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -101,6 +102,23 @@ def uniforms(bases: Sequence[int], ordinals: Sequence[int]) -> Doubles:
     return np.array(fractions, dtype=np.float64) * 2.0**-53
 
 
+class Peaks(NamedTuple):
+    """Where each of n rows of logits is largest, and how large."""
+
+    places: NDArray[np.intp]
+    values: Floats
+
+
+def find_peaks(logits: Floats) -> Peaks:
+    """Find each row's largest logit, the first of equal ones; AnswerNotFinite where that is no finite number."""
+    count, vocabulary = logits.shape
+    places = logits.argmax(axis=1)
+    values = logits.take(places + np.arange(0, count * vocabulary, vocabulary))  # flat places are faster than pairs
+    if not isfinite(sum(values.tolist())):
+        raise AnswerNotFinite()
+    return Peaks(places, values)
+
+
 class Scratch:
     """Working memory for choices, used again: arrays of this size cost more to map than to compute on."""
 
@@ -116,19 +134,22 @@ class Scratch:
 
 
 def choose(
-    logits: Floats, draws: Sequence[Draw], allowed: NDArray[np.bool_] | None = None, *, scratch: Scratch | None = None
+    logits: Floats,
+    draws: Sequence[Draw],
+    allowed: NDArray[np.bool_] | None = None,
+    *,
+    found: Peaks | None = None,
+    scratch: Scratch | None = None,
 ) -> Choices:
     """Choose one token for each row.
 
     logits: float32 [n, vocabulary], raw; allowed: bool of the same shape, or None when nothing is forbidden.
+    found: their peaks, where the caller has them.
     Raises EngineFailed when a row is not a number or allows nothing.
     """
     count, vocabulary = logits.shape
-    first = np.arange(0, count * vocabulary, vocabulary)  # where each row begins: flat places are faster than pairs
-    tokens = logits.argmax(axis=1)
-    peaks = logits.take(first + tokens)
-    if not isfinite(sum(peaks.tolist())):
-        raise AnswerNotFinite()
+    first = np.arange(0, count * vocabulary, vocabulary)  # where each row begins
+    tokens, peaks = found or find_peaks(logits)
     work = (scratch or Scratch()).take(logits.shape)
     _shift(logits, peaks, work)
     chosen = peaks

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from runtime.engine.errors import SamplingRefused
 from runtime.engine.generation import FinishReason, GenerationRequest, TokenRecord
 from runtime.engine.grammar import Constraint, GrammarCompiler, allowed_tokens, bitmask
-from runtime.engine.sampling import Choices, Draw, Scratch, check_sampling, choose, stream_base
+from runtime.engine.sampling import Choices, Draw, Peaks, Scratch, check_sampling, choose, stream_base
 
 
 def check_request(request: GenerationRequest, *, vocab_size: int) -> None:
@@ -76,8 +76,14 @@ def start_output(request: GenerationRequest, grammars: GrammarCompiler) -> Outpu
     return Output(request, constraint)
 
 
-def choose_for(outputs: Sequence[Output], logits: NDArray[np.float32], *, scratch: Scratch | None = None) -> Choices:
-    """Choose the next token of each output from its row of raw logits, float32 [n, vocabulary]."""
+def choose_for(
+    outputs: Sequence[Output],
+    logits: NDArray[np.float32],
+    *,
+    found: Peaks | None = None,
+    scratch: Scratch | None = None,
+) -> Choices:
+    """Choose the next token of each output from its row of raw logits, float32 [n, vocabulary]; see `choose`."""
     allowed = None
     if any(output.constraint is not None for output in outputs):
         vocab_size = logits.shape[1]
@@ -86,4 +92,4 @@ def choose_for(outputs: Sequence[Output], logits: NDArray[np.float32], *, scratc
             if output.constraint is not None:
                 output.constraint.fill(mask, row)
         allowed = allowed_tokens(mask, vocab_size)
-    return choose(logits, [output.draw() for output in outputs], allowed, scratch=scratch)
+    return choose(logits, [output.draw() for output in outputs], allowed, found=found, scratch=scratch)

@@ -20,7 +20,7 @@ from runtime.engine.pace import Pace
 from runtime.engine.plan import Call, Refusal, StepPlan
 from runtime.engine.recording import EngineJournal, StepTimes
 from runtime.engine.runner import CallRunner
-from runtime.engine.sampling import Scratch
+from runtime.engine.sampling import Peaks, Scratch
 from runtime.engine.scheduler import complete_step, hold, new_state, plan_step, resume, submit, withdraw
 from runtime.engine.sequence import choose_for
 from runtime.engine.settings import Settings
@@ -133,9 +133,9 @@ class Stepper:
         for call in calls:
             began_us = self._clock()
             try:
-                logits, took = self._runner.execute(call, tokens_of)
+                logits, peaks, took = self._runner.execute(call, tokens_of)
                 times.calls.append(CallTimes(call, took))
-                self._choose(times.calls[-1], logits, plan.step, sampled, ended)
+                self._choose(times.calls[-1], logits, peaks, plan.step, sampled, ended)
             except Exception as error:  # contained: the rows of this call fail, everything else goes on
                 if not calls.replace(error):
                     self._fail_rows(call, error, sampled, times, began_us)
@@ -189,6 +189,7 @@ class Stepper:
         self,
         times: CallTimes,
         logits: Floats,
+        peaks: Peaks | None,
         step: int,
         sampled: dict[int, int],
         ended: list[tuple[LiveSequence, FinishReason]],
@@ -203,8 +204,8 @@ class Stepper:
             rows = [row for row in range(len(live)) if row not in call.silent]
             if not rows:
                 return
-            live, logits = [live[row] for row in rows], logits[rows]
-        choices = choose_for([sequence.output for sequence in live], logits, scratch=self._scratch)
+            live, logits, peaks = [live[row] for row in rows], logits[rows], None
+        choices = choose_for([sequence.output for sequence in live], logits, found=peaks, scratch=self._scratch)
         now_us = self._clock()
         for row, sequence in enumerate(live):
             if sequence.first_token_us is None:

@@ -52,7 +52,7 @@ class RealAnswers:
         sampled: dict[int, int] = {}
         ended: dict[int, str] = {}
         for call in plan.calls:
-            logits, _ = self._runner.execute(call, tokens_of)
+            logits, *_ = self._runner.execute(call, tokens_of)
             for row in call.rows:
                 self.steps.setdefault(row.sequence, []).append(plan.step)
             rows = [place for place, row in enumerate(call.rows) if row.sample]
