@@ -14,7 +14,6 @@ from typing import Any, cast
 import onnx
 import onnxruntime
 import torch
-from onnxscript.values import Opset
 
 from runtime.backends import onnx_graph
 from runtime.backends import program as programs
@@ -30,6 +29,7 @@ from runtime.backends.onnxruntime_loader import CONTEXT, executor_of
 from runtime.backends.onnxruntime_one_shot import OrtOneShot
 from runtime.backends.onnxruntime_passes import DISABLED, Rewriting
 from runtime.backends.onnxruntime_quantization import DESCRIPTION, quantize
+from runtime.backends.onnxruntime_translations import OPSETS, translations
 from runtime.backends.program import StepProgram
 from runtime.backends.protocol import Boundary, BuildOptions, LoadSpec
 from runtime.backends.step_form import resident_form
@@ -40,9 +40,6 @@ FLAGS = {
     "cpu_arena": "session.cpu_arena",
 }
 """Flags that a caller may set, and the session setting behind each."""
-OPSETS = {"gathered": 23, "resident": 24}
-"""By form of the step.  23 is the first with RMS norm and attention as operators of their own, a third fewer nodes than
-opset 18; 24 the first that can put columns into a table in place."""
 ONE_SHOT_OPSET = 20
 """Of programs that are not ours: in opset 23, ONNX Runtime refuses an attention mask that has to be broadcast."""
 PRODUCTS = "products"
@@ -104,11 +101,7 @@ class OrtLowering(ExportedLowering):
                     verbose=False,
                     output_names=list(self.program.output_names),
                     opset_version=OPSETS[self.context] if self.step_program else ONE_SHOT_OPSET,
-                    custom_translation_table={
-                        torch.ops.replaylab.put_columns.default: _put_columns,
-                        torch.ops.replaylab.attend_columns.default: _attend_columns,
-                        torch.ops.replaylab.pick_tokens.default: _pick_tokens,
-                    },
+                    custom_translation_table=translations(),
                     **names,
                 )
         except Exception as error:  # ConversionError and its causes share no base
@@ -312,23 +305,6 @@ class OrtLowering(ExportedLowering):
             owned = kernels.setdefault(provider, {})
             owned[operator] = owned.get(operator, 0) + 1
         return kernels
-
-
-def _put_columns(table: Any, values: Any, starts: Any) -> Any:
-    """Write `resident.put_columns` as the operator that ONNX has for it."""
-    return Opset("", OPSETS["resident"]).TensorScatter(table, values, starts, mode="linear", axis=1)
-
-
-def _attend_columns(queries: Any, keys: Any, values: Any, mask: Any, heads: int, kv_heads: int) -> Any:
-    """Write `resident.attend_columns` as the operator that ONNX has for it."""
-    attend: Any = Opset("", OPSETS["resident"]).Attention
-    answered, *_ = attend(queries, keys, values, mask, q_num_heads=heads, kv_num_heads=kv_heads, scale=1.0)
-    return answered
-
-
-def _pick_tokens(x: Any, wanted: Any) -> Any:
-    """Write `resident.pick_tokens` as the operator that ONNX has for it."""
-    return Opset("", OPSETS["resident"]).GatherND(x, wanted, batch_dims=1)
 
 
 def _provider_version(name: str) -> str | dict[str, str]:
