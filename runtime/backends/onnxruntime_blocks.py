@@ -1,9 +1,10 @@
 """In which layout are matrix products computed?  In ONNX Runtime's blocks of channels, where the machine has them.
 
 A product of activations [B,T,K] with constant weights [K,N] is a 1x1 convolution over B*T places.  ONNX Runtime's
-convolutions work on blocks of 16 channels (its NCHWc layout, domain com.microsoft.nchwc) and read the weights once for
-many places, where its matrix product reads them once for every few rows: what decoding waits for.  What follows element
-by element is computed in blocks too, until an operator needs whole rows.
+convolutions work on blocks of 16 channels (its NCHWc layout, domain com.microsoft.nchwc); where the weights come from
+memory and the rows are few, as in decoding, they take a fifth less time than its matrix product, and as long where the
+rows are many (`tests/bench/test_products.py`).  What follows element by element is computed in blocks too, until an
+operator needs whole rows.
 
 A value has up to three forms: `rows` [B,T,C]; `image` [1,B,T,C], the same memory; `blocks`, the content of [1,C,B,T].
 """
@@ -22,10 +23,10 @@ from runtime.probe import processor_flags
 
 BLOCK = 16
 """Channels of a block on a processor with AVX-512; without it they are fewer, or there are none."""
-REQUIRED_ISA = ("AVX512",)
-"""Instruction sets of a package that holds blocks."""
+REQUIRED_ISA = ("avx512f",)
+"""What the processor must have for a package that holds such blocks."""
 SMALLEST = 1 << 17
-"""Fewest elements of weights that are worth it: fewer stay in a processor's second-level cache from row to row."""
+"""Fewest elements of weights that are worth it: with fewer, changing layouts costs more than blocks gain."""
 DOMAIN = "com.microsoft.nchwc"
 ELEMENTWISE = frozenset({"Add", "Mul", "QuickGelu", "Sigmoid", "Gelu"})
 ALONG_ROWS = frozenset({"RMSNormalization"})
@@ -35,7 +36,7 @@ Form = Literal["rows", "image", "blocks"]
 
 def has_blocks() -> bool:
     """Say whether ONNX Runtime's blocks are of that size on this machine."""
-    return "avx512f" in processor_flags()
+    return processor_flags().issuperset(REQUIRED_ISA)
 
 
 def block_products(model: onnx.ModelProto) -> int:

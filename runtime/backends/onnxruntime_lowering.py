@@ -164,11 +164,11 @@ class OrtLowering(ExportedLowering):
         captured = quantized.model if quantized else self._model
         source.write_bytes(captured.SerializeToString(deterministic=True))
         ran = self._rewriting.rewrite(source, self._optimized)
-        spent = (time.perf_counter_ns() - start) // 1000
         after = onnx.load(str(self._optimized))
         if self.products == "blocked" and self.one_shot() is None:
             self._blocked = block_products(after)
             self._optimized.write_bytes(after.SerializeToString(deterministic=True))
+        spent = (time.perf_counter_ns() - start) // 1000
         quantization = [f"quantize {DESCRIPTION}"] if quantized else []
         blocking = ["block products"] if self._blocked else []
         self._passes = (*quantization, *ran.names, *blocking)
