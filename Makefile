@@ -41,6 +41,8 @@ check: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -m pytest -q tests/bench -m "" --benchmark-enable -s
 	$(BIN)/python -m tests.bench.peers --json .cache/bench/peers.json
+	$(BIN)/python -m tests.bench.peers --size medium --only onnxruntime --only transformers --only llama \
+		--json .cache/bench/peers-medium.json
 
 trials: .venv/ready
 	$(BIN)/python -m pytest -q -m slow --timeout 7200

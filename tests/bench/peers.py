@@ -236,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     kinds = [kind for kind in KINDS if not options.only or any(text in kind for text in options.only)]
     found = compare(kinds, cache=options.cache.resolve(), repetitions=options.repetitions, size=options.size)
-    print(table(found))
+    print(f"{SIZES[options.size].parameters} parameters", table(found), sep="\n")
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(found, indent=2) + "\n")
