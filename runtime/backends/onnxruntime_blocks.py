@@ -2,15 +2,16 @@
 
 A product of activations [B,T,K] with constant weights [K,N] is a 1x1 convolution over B*T places.  ONNX Runtime's
 convolutions work on blocks of 16 channels (its NCHWc layout, domain com.microsoft.nchwc); where the weights come from
-memory and the rows are few, as in decoding, they take a fifth less time than its matrix product, and as long where the
-rows are many (`tests/bench/test_products.py`).  What follows element by element is computed in blocks too, until an
-operator needs whole rows.
+memory and the rows are few, as in decoding, they take a fifth less time than its matrix product, and about as long
+where the rows are many (`tests/bench/test_products.py`).  What follows element by element is computed in blocks too,
+until an operator needs whole rows.
 
 A value has up to three forms: `rows` [B,T,C]; `image` [1,B,T,C], the same memory; `blocks`, the content of [1,C,B,T].
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from typing import Any, Literal
 
@@ -19,8 +20,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from runtime.backends.errors import BackendRefused
 from runtime.probe import processor_flags
 
+PRODUCTS = "products"
+"""The flag that says whether large products run in blocks: `blocked` or `plain`."""
 BLOCK = 16
 """Channels of a block on a processor with AVX-512; without it they are fewer, or there are none."""
 REQUIRED_ISA = ("avx512f",)
@@ -28,15 +32,29 @@ REQUIRED_ISA = ("avx512f",)
 SMALLEST = 1 << 17
 """Fewest elements of weights that are worth it: with fewer, changing layouts costs more than blocks gain."""
 DOMAIN = "com.microsoft.nchwc"
-ELEMENTWISE = frozenset({"Add", "Mul", "QuickGelu", "Sigmoid", "Gelu"})
-ALONG_ROWS = frozenset({"RMSNormalization"})
-"""These work on the last dimension alone."""
+ELEMENTWISE = frozenset({"Add", "Mul", "QuickGelu", "Sigmoid"})
 Form = Literal["rows", "image", "blocks"]
 
 
 def has_blocks() -> bool:
     """Say whether ONNX Runtime's blocks are of that size on this machine."""
     return processor_flags().issuperset(REQUIRED_ISA)
+
+
+def products_of(flags: Mapping[str, str], *, resident: bool) -> str:
+    """Read a preparation's flag; blocks are the default of the resident form where the machine has them.
+
+    Raises BackendRefused where blocks are asked for that the machine does not have.
+    """
+    able = has_blocks()
+    chosen = flags.get(PRODUCTS, "blocked" if able and resident else "plain")
+    if chosen == "blocked" and not able:
+        raise BackendRefused(
+            "matrix products in blocks need a processor with AVX-512, which this one lacks",
+            fix="prepare with the flag products=plain",
+            evidence={"operator_details": f"{PRODUCTS}=blocked needs {', '.join(REQUIRED_ISA)}"},
+        )
+    return chosen
 
 
 def block_products(model: onnx.ModelProto) -> int:
@@ -79,8 +97,8 @@ class _Rewriting:
             self._channels[node.output[0]] = self._channels[values[0]]
             self._copy(node, "blocks")
         else:
-            alike = node.op_type in ELEMENTWISE | ALONG_ROWS and forms & {"image", "blocks"}
-            self._copy(node, "image" if alike else "rows")
+            alike = node.op_type in ELEMENTWISE or _is_norm_of_rows(node)
+            self._copy(node, "image" if alike and forms & {"image", "blocks"} else "rows")
 
     def give(self, name: str, form: Form) -> str:
         """Name a value in some form, converting it where that is not to be had yet."""
@@ -141,6 +159,11 @@ class _Rewriting:
     def _add(self, operator: str, inputs: list[str], made: str, **attributes: Any) -> str:
         self._nodes.append(helper.make_node(operator, inputs, [made], name=f"{operator}_{made}", **attributes))
         return made
+
+
+def _is_norm_of_rows(node: onnx.NodeProto) -> bool:
+    """Say whether a node norms along the last dimension, however many stand before it."""
+    return node.op_type == "RMSNormalization" and all(one.i == -1 for one in node.attribute if one.name == "axis")
 
 
 def _block_weights(weights: NDArray[Any]) -> NDArray[Any]:

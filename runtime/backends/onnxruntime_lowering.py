@@ -18,13 +18,13 @@ import torch
 from runtime.backends import onnx_graph
 from runtime.backends import program as programs
 from runtime.backends.contract import InputContract
-from runtime.backends.errors import BackendRefused, BuildFailed
+from runtime.backends.errors import BuildFailed
 from runtime.backends.fixture import require_within
 from runtime.backends.lowering import ExportedLowering, target, unknown
 from runtime.backends.one_shot import OneShotSpec
 from runtime.backends.onnx_transfers import copy_estimate, sized_edges
 from runtime.backends.onnxruntime import MODEL, PROVIDERS, SETTINGS, OrtExecutor, open_session, session_options
-from runtime.backends.onnxruntime_blocks import REQUIRED_ISA, block_products, has_blocks
+from runtime.backends.onnxruntime_blocks import PRODUCTS, REQUIRED_ISA, block_products, products_of
 from runtime.backends.onnxruntime_loader import CONTEXT, executor_of
 from runtime.backends.onnxruntime_one_shot import OrtOneShot
 from runtime.backends.onnxruntime_passes import DISABLED, Rewriting
@@ -42,8 +42,6 @@ FLAGS = {
 """Flags that a caller may set, and the session setting behind each."""
 ONE_SHOT_OPSET = 20
 """Of programs that are not ours: in opset 23, ONNX Runtime refuses an attention mask that has to be broadcast."""
-PRODUCTS = "products"
-"""The flag that says whether large matrix products run in blocks: see `onnxruntime_blocks`."""
 DEFAULT_LEVEL = "extended"
 """The highest level whose result does not depend on this machine's layout preferences."""
 
@@ -62,15 +60,7 @@ class OrtLowering(ExportedLowering):
         self.context = options.flags.get(CONTEXT, "resident")
         if self.context == "resident":
             self.step_kind, self.make_form = "resident", resident_form
-        able = has_blocks()
-        default = "blocked" if able and self.context == "resident" else "plain"
-        self.products = options.flags.get(PRODUCTS, default)
-        if self.products == "blocked" and not able:
-            raise BackendRefused(
-                "matrix products in blocks need a processor with AVX-512, which this one lacks",
-                fix="prepare with the flag products=plain",
-                evidence={"operator_details": f"{PRODUCTS}=blocked", "target": target()},
-            )
+        self.products = products_of(options.flags, resident=self.context == "resident")
 
     @property
     def level(self) -> str:

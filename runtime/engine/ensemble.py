@@ -103,7 +103,7 @@ class Ensemble:
             one.sequence: _padded([] if member is None else member.tokens, one.start + one.count)
             for _, member, one in live
         }
-        logits, *_ = self._runner.execute(call, tokens_of)
+        logits, peaks, _ = self._runner.execute(call, tokens_of)
         self.calls += 1
         for _, member, _ in taking:
             member.steps.append(step)
@@ -111,7 +111,8 @@ class Ensemble:
         if not sampling:
             return
         rows = [row for row, _ in sampling]
-        choices = choose_for([member.output for _, member in sampling], logits[rows], scratch=self._scratch)
+        outputs = [member.output for _, member in sampling]
+        choices = choose_for(outputs, logits[rows], found=peaks.of(rows), scratch=self._scratch)
         now_us = self._clock() - self._began_us
         for place, (_, member) in enumerate(sampling):
             if member.first_token_us is None:

@@ -3,8 +3,7 @@
 The draw for output token i is `splitmix64(stream base + (i + 1) * golden ratio)` in unsigned 64-bit arithmetic, its top
 53 bits read as a fraction in [0, 1); the base mixes seed and stream name (Steele, Lea and Flood, "Fast splittable
 pseudorandom number generators", 2014).  The token is the inverse of the cumulative distribution in vocabulary order,
-weights in float32 summed in
-float64.  So batch order, neighbours and preemptions cannot move a draw.
+weights in float32 summed in float64.  So batch order, neighbours and preemptions cannot move a draw.
 """
 
 from __future__ import annotations
@@ -108,6 +107,10 @@ class Peaks(NamedTuple):
     places: NDArray[np.intp]
     values: Floats
 
+    def of(self, rows: list[int]) -> Peaks:
+        """Give those of some rows."""
+        return Peaks(self.places[rows], self.values[rows])
+
 
 def find_peaks(logits: Floats) -> Peaks:
     """Find each row's largest logit, the first of equal ones; AnswerNotFinite where that is no finite number."""
@@ -170,6 +173,7 @@ def choose(
         scores.put(first + tokens, chosen)
     sampled = [row for row, draw in enumerate(draws) if draw.temperature > 0.0]
     if sampled:
+        tokens = tokens.copy()  # the peaks are the caller's
         tokens[sampled] = draw_tokens(scores[sampled], [draws[row] for row in sampled])
         chosen = logits.take(first + tokens)
     totals = np.add.reduce(np.exp(work, out=work), axis=1)

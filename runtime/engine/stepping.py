@@ -189,7 +189,7 @@ class Stepper:
         self,
         times: CallTimes,
         logits: Floats,
-        peaks: Peaks | None,
+        peaks: Peaks,
         step: int,
         sampled: dict[int, int],
         ended: list[tuple[LiveSequence, FinishReason]],
@@ -204,7 +204,7 @@ class Stepper:
             rows = [row for row in range(len(live)) if row not in call.silent]
             if not rows:
                 return
-            live, logits, peaks = [live[row] for row in rows], logits[rows], None
+            live, logits, peaks = [live[row] for row in rows], logits[rows], peaks.of(rows)
         choices = choose_for([sequence.output for sequence in live], logits, found=peaks, scratch=self._scratch)
         now_us = self._clock()
         for row, sequence in enumerate(live):

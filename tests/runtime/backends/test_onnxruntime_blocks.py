@@ -70,7 +70,11 @@ def draw_chain(data: st.DataObject) -> Chain:
     for _ in range(data.draw(st.integers(1, 9))):
         value = data.draw(st.sampled_from(sorted(chain.widths)))
         width = chain.widths[value]
-        kind = data.draw(st.sampled_from(["product", "product", "pair", "gelu", "norm", "bias", "transposed", "tanh"]))
+        kind = data.draw(
+            st.sampled_from(
+                ["product", "product", "pair", "gelu", "sigmoid", "norm", "by token", "bias", "transposed", "tanh"]
+            )
+        )
         if kind == "product":
             chain.product(value, data.draw(st.sampled_from(WIDTHS)))
         elif kind == "pair":
@@ -78,6 +82,10 @@ def draw_chain(data: st.DataObject) -> Chain:
             chain.add(data.draw(st.sampled_from(["Add", "Mul"])), value, other, width=width)
         elif kind == "gelu":
             chain.add("QuickGelu", value, width=width, domain="com.microsoft", alpha=1.0)
+        elif kind == "sigmoid":
+            chain.add("Sigmoid", value, width=width)
+        elif kind == "by token":  # along two dimensions, counted from the front
+            chain.add("RMSNormalization", value, chain.constant(width), width=width, axis=1)
         elif kind == "norm":
             chain.add("RMSNormalization", value, chain.constant(width), width=width, axis=-1)
         elif kind == "bias":

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from runtime.engine.sampling import Choices, Draw, Scratch, choose, draw_tokens, stream_base
+from runtime.engine.sampling import Choices, Draw, Scratch, choose, draw_tokens, find_peaks, stream_base
 
 finite = (
     st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -79,6 +79,19 @@ def test_shared_passes_change_no_bit(case: tuple[NDArray[np.float32], list[Draw]
     scratch = Scratch()
     scratch.take(logits.shape).fill(np.nan)
     assert bits(choose(logits, draws, allowed, scratch=scratch)) == bits(plainly(logits, draws, allowed))
+
+
+@given(case=cases())
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_peaks_found_before_change_no_bit_and_are_not_written_to(
+    case: tuple[NDArray[np.float32], list[Draw], NDArray[np.bool_] | None],
+) -> None:
+    logits, draws, allowed = case
+    rows = list(range(len(logits)))[::2]
+    found = find_peaks(logits).of(rows)
+    found.places.setflags(write=False)
+    some, draws, allowed = logits[rows], [draws[row] for row in rows], None if allowed is None else allowed[rows]
+    assert bits(choose(some, draws, allowed, found=found)) == bits(plainly(some, draws, allowed))
 
 
 @pytest.mark.parametrize(("count", "vocabulary"), [(1, 4096), (8, 4096), (32, 4096), (8, 50_000), (3, 4097)])

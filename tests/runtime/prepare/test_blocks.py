@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runtime.backends import onnxruntime_blocks, onnxruntime_lowering
+from runtime.backends import onnxruntime_blocks
 from runtime.backends.errors import BackendRefused
 from runtime.backends.fixture import run_fixture
 from runtime.backends.protocol import BuildOptions
@@ -20,8 +20,8 @@ from runtime.prepare.errors import PackageRefused
 from runtime.prepare.load import load_package
 from runtime.prepare.pipeline import PreparedPackage, prepare
 from runtime.prepare.store import PackageStore
+from tests.runtime.prepare.compositions import Sessions
 from tests.runtime.prepare.conftest import BOUNDS
-from tests.runtime.prepare.test_invariant import Sessions
 
 Prepare = Callable[..., PreparedPackage]
 needs_blocks = pytest.mark.skipif(
@@ -101,7 +101,7 @@ def test_a_processor_without_blocks_prepares_plain_products_and_loads_no_blocked
     made: Prepare, wide: Path, store: PackageStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocked = made()
-    monkeypatch.setattr(onnxruntime_lowering, "has_blocks", lambda: False)
+    monkeypatch.setattr(onnxruntime_blocks, "has_blocks", lambda: False)
     options = BuildOptions(bounds=BOUNDS)
     plain = prepare(wide, backend="onnxruntime", store=store, options=options)
     assert plain.manifest.compiler.flags["products"] == "plain"
