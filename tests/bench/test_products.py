@@ -13,7 +13,7 @@ from runtime.backends.contract import Bounds
 from runtime.backends.onnxruntime_blocks import has_blocks
 from runtime.backends.protocol import BuildOptions, Executor
 
-CACHED, STEPS, ROUNDS = 64, 10, 9
+CACHED, STEPS, ROUNDS = 64, 10, 5
 
 
 @pytest.mark.slow
